@@ -1,0 +1,706 @@
+"""Plumbing that every stage shares, and nothing of the algorithm: flags, processes, models, data, checkpoints, metrics.
+
+One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary:
+
+    position   0 .. P-1   P    P+1  ...  P+T-1
+    token      prompt     a_0  a_1  ...  a_{T-1}       (the last one may be <eos>; it counts)
+
+Whatever leaves a forward pass is brought at once into the response frame, (B, T) or (B, T+1), and stays there. `attn` (B, P+T)
+is 1 on real tokens, `mask` (B, T) is True from a_0 up to and including the first <eos>; both are built from lengths, never
+from `ids != pad`.
+"""
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import time
+
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import numpy as np
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+deepspeed.utils.logger.setLevel("WARNING")
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead; one line a model.
+
+PAPER = {
+    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024),
+    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024),
+    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2),
+    "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, max_new_tokens=1024,
+               max_prompt_length=512, max_steps=1000, kl_target=6.0, save_every=100, advantage="delta"),
+}
+TINY = {
+    "sft": dict(lr=4e-3, batch_size=32, epochs=8, max_new_tokens=32),
+    "gvm": dict(lr=5e-3, batch_size=64, epochs=10),
+    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=10),
+    "rl": dict(lr=1e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=80),
+}
+PRESETS = {
+    "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
+                 reward="data/toy.py:gold_reward", true_q="data/toy.py:true_q"),
+    "gpt2": dict(id="gpt2", zero=1),
+    "llama3-3b": dict(id="meta-llama/Llama-3.2-3B", zero=1),
+    "llama3-8b": dict(id="meta-llama/Meta-Llama-3-8B", zero=3),
+    "mistral-7b": dict(id="mistralai/Mistral-7B-Instruct-v0.2", zero=3),
+}
+
+
+def defaults(model, *stages):
+    """Every default of the chosen model and stages, as attributes; an unlisted hub id or local folder is its own preset."""
+    name = os.path.basename(os.path.normpath(model))
+    chosen = dict(id=model, data="data/ultrafeedback", zero=1, stages={}, reward=None, true_q=None) | PRESETS.get(model, {})
+    values = dict(name=name, out=f"out/{name}") | chosen
+    for stage in stages:
+        values |= PAPER[stage] | chosen["stages"].get(stage, {})
+    return argparse.Namespace(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags and errors
+
+
+def die(message):
+    """End with one line on stderr, what is wrong and how to mend it, and exit code 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def flags(doc, argv, *stages):
+    """Parser with the flags that every stage has, and the defaults of the `--model` that argv names.
+
+    `--help` therefore shows the defaults of the model on the same line.
+    """
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    p.add_argument("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or local folder")
+    d = defaults(p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])[0].model, *stages)
+    p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
+    p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 for 3B, 3 for 8B)")
+    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
+    return p, d
+
+
+def parse(p, argv):
+    args = p.parse_args(argv)
+    for a in p._actions:
+        value = getattr(args, a.dest, None)
+        if type(value) in (int, float) and (value < 0 or not math.isfinite(value)):
+            die(f"{a.option_strings[0]} {value}: must be a number that is not negative")
+    return args
+
+
+def check_batches(args):
+    if args.batch_size % (args.mini_batch_size * args.grad_accum) or not args.batch_size:
+        die(f"--batch-size {args.batch_size}: must be a multiple of --mini-batch-size {args.mini_batch_size} x --grad-accum {args.grad_accum}")
+
+
+def load_function(spec):
+    """`FILE.py:function` -> the function; None stays None."""
+    if spec is None:
+        return None
+    path, _, name = spec.rpartition(":")
+    if not path or not os.path.isfile(path):
+        die(f"{spec}: no such file; give FILE.py:function")
+    module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        die(f"{spec}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: plain python, torchrun and the deepspeed launcher, CPU and CUDA, with no change to the code
+
+
+def start(args):
+    """Join the process group, seed everything (each rank differently), make `args.out`; returns the device."""
+    if "RANK" not in os.environ:                        # plain python: a world of one, on a port that is free now
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    torch.manual_seed(args.seed * 1000 + rank())
+    os.makedirs(args.out, exist_ok=True)
+    if rank() == 0:
+        with open(os.path.join(args.out, "run.json"), "w") as f:
+            json.dump(vars(args) | dict(world_size=world(), device=str(device)), f, indent=1)
+    return device
+
+
+def finish():
+    """Leave the process group together; without this one 2-rank run in eleven exits non-zero after its work is done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class AllSum(torch.autograd.Function):
+    """Sum over all ranks, through which gradients flow: every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        if world() > 1:
+            dist.all_reduce(x)
+        return x
+
+    backward = staticmethod(lambda ctx, grad: AllSum.forward(ctx, grad))
+
+
+def all_sum(x):
+    return AllSum.apply(x)
+
+
+def all_max(n):
+    """Maximum of a Python int over all ranks."""
+    if world() == 1:
+        return n
+    n = torch.tensor(n, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(n, dist.ReduceOp.MAX)
+    return int(n)
+
+
+def masked_moments(x, mask):
+    """Mean and standard deviation of x where mask, over all ranks, in fp32; x, mask of one shape -> two scalars."""
+    x = x.float()
+    n = all_sum(mask.sum().float())
+    mean = all_sum((x * mask).sum()) / n
+    var = all_sum(((x - mean) ** 2 * mask).sum()) / n
+    return mean, var.clamp(min=1e-12).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: a causal LM, LoRA adapters by name, scalar heads by name
+
+
+class LoRA(nn.Module):
+    """y = base(x) + alpha/r B A dropout(x), with several named adapters of which at most one is on (arXiv 2106.09685).
+
+    With all of them off the output is the base layer's, bit for bit.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.active = base, None
+        self.A, self.B, self.scale, self.dropout = nn.ModuleDict(), nn.ModuleDict(), {}, {}
+
+    def add(self, name, r, alpha, dropout):
+        w = self.base.weight
+        d_in, d_out = w.shape if isinstance(self.base, Conv1D) else w.shape[::-1]
+        self.A[name] = nn.Linear(d_in, r, bias=False, dtype=w.dtype, device=w.device)
+        self.B[name] = nn.Linear(r, d_out, bias=False, dtype=w.dtype, device=w.device)
+        nn.init.kaiming_uniform_(self.A[name].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.B[name].weight)             # the adapted model starts as the base model
+        self.scale[name], self.dropout[name] = alpha / r, dropout
+
+    def forward(self, x):
+        y, name = self.base(x), self.active
+        if name is None:
+            return y
+        return y + self.B[name](self.A[name](F.dropout(x, self.dropout[name], self.training))) * self.scale[name]
+
+    def delta(self, name):
+        """What the adapter adds to the base weight, in that weight's own layout."""
+        d = self.scale[name] * self.B[name].weight.float() @ self.A[name].weight.float()
+        return d.T if isinstance(self.base, Conv1D) else d
+
+
+class LM(nn.Module):
+    """A transformers causal LM in the frame of this file, with named adapters and named scalar heads."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.heads, self.adapters = lm, nn.ModuleDict(), {}
+
+    def add_adapter(self, name, r, alpha, dropout=0.0, trainable=True):
+        """LoRA on every linear projection of the blocks, Conv1D (GPT-2) included, whatever the architecture."""
+        for path, layer in list(self.lm.base_model.named_modules()):
+            if isinstance(layer, (nn.Linear, Conv1D)) and not re.search(r"\.(base|[AB]\.\w+)$", path):
+                self.lm.base_model.set_submodule(path, LoRA(layer))
+        for layer in self.lora_layers():
+            layer.add(name, r, alpha, dropout)
+        self.adapters[name] = dict(r=r, alpha=alpha, dropout=dropout)
+        for key, p in self.named_parameters():
+            if f".A.{name}." in key or f".B.{name}." in key:
+                p.requires_grad_(trainable)
+
+    def lora_layers(self):
+        return [m for m in self.modules() if isinstance(m, LoRA)]
+
+    def switch(self, name=None):
+        """The one switch: this adapter on and every other one off; None for the bare trunk."""
+        for layer in self.lora_layers():
+            layer.active = name
+
+    def add_head(self, name):
+        """A scalar head on the last hidden state, zero at first."""
+        w = self.lm.get_input_embeddings().weight
+        self.heads[name] = nn.Linear(w.shape[1], 1, dtype=w.dtype, device=w.device)
+        nn.init.zeros_(self.heads[name].weight)
+        nn.init.zeros_(self.heads[name].bias)
+
+    def merged_state_dict(self, adapter=None):
+        """State dict of the plain transformers model, with one adapter merged into its weights."""
+        out = {}
+        for path, layer in self.lm.named_modules():
+            if isinstance(layer, LoRA):
+                w = layer.base.weight
+                out[path + ".weight"] = (w.float() + layer.delta(adapter)).to(w.dtype) if adapter else w
+        rest = {k.replace(".base.", "."): v for k, v in self.lm.state_dict().items() if not re.search(r"\.[AB]\.\w+\.weight$", k)}
+        return rest | out
+
+    def hidden(self, ids, attn, T):
+        """Last hidden states at the last prompt token and at each response token: (B, P+T) -> (B, T+1, D).
+
+        Rows are moved left against the wall first, so that causal attention alone hides the padding: no mask, the fast
+        attention kernel, and positions that count from 0.
+        """
+        (B, L), left, length = ids.shape, attn.argmax(1, keepdim=True), int(attn.sum(1).max())
+        positions = torch.arange(length, device=ids.device)
+        ids = ids.gather(1, (positions + left).clamp(max=L - 1))
+        h = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(max=length - 1)
+        return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
+
+    def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0):
+        """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at each of the T+1 states, (B, T+1).
+
+        Both fp32. Entry t of the log-probs is read BEFORE a_t; entry 0 of the scalars stands at the last prompt token, entry
+        t+1 AFTER a_t.
+        """
+        self.switch(adapter)
+        h = self.hidden(ids, attn, T)
+        if head is not None:
+            return self.heads[head](h).squeeze(-1).float()
+        return token_logp(h[:, :-1], ids[:, -T:], self.lm.get_output_embeddings(), temperature)
+
+
+def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=1024):
+    """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (B, T, D), (B, T) -> (B, T).
+
+    In chunks of positions under activation checkpointing: the (B, T, V) logits never exist at once, forward or backward.
+    """
+    def part(h, y):
+        logits = lm_head(h).float() / temperature
+        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    h, y = hidden.flatten(0, 1), targets.flatten()
+    parts = [checkpoint(part, h[i:i + chunk], y[i:i + chunk], use_reentrant=False) if torch.is_grad_enabled()
+             else part(h[i:i + chunk], y[i:i + chunk]) for i in range(0, len(y), chunk)]
+    return torch.cat(parts).view_as(targets)
+
+
+class Decoder:
+    """The one-token step of a rollout, with its KV cache.
+
+    decode = Decoder(model, ids, attn)      ids, attn (B, P), left-padded
+    decode.logits                           (B, V) fp32, for the next token
+    decode(token)                           token (B,): append it; the logits move on
+    """
+
+    def __init__(self, model, ids, attn, adapter=None):
+        model.switch(adapter)
+        self.lm, self.attn, self.cache = model.lm, attn, DynamicCache()
+        self.step(ids, attn.cumsum(1) - 1)
+
+    def step(self, ids, positions):
+        out = self.lm(input_ids=ids, attention_mask=self.attn, position_ids=positions.clamp(min=0), past_key_values=self.cache,
+                      use_cache=True, logits_to_keep=1)
+        self.logits = out.logits[:, -1].float()
+
+    def __call__(self, token):
+        self.attn = F.pad(self.attn, (0, 1), value=1)
+        self.step(token[:, None], self.attn.sum(1, keepdim=True) - 1)
+
+
+def load_model(path, trainable=True):
+    """A causal LM from a transformers folder or hub id, bf16 on CUDA, fp32 on CPU, with every dropout at 0."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        for key, value in vars(config).items():          # rollouts and updates must see one and the same policy
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True,
+                                                  dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    except (OSError, ValueError) as e:
+        die(missing_model(path, e))
+    return LM(lm.requires_grad_(trainable)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def missing_model(path, error):
+    if path.startswith("out") or path.startswith("data"):
+        stage = {"sft": "sft.py", "gvm": "train_gvm.py", "dvpo": "dvpo.py", "ppo": "ppo_baseline.py"}
+        folder = os.path.basename(os.path.dirname(path))
+        return f"{path}: no model there; make it with: python {stage.get(folder, 'data/toy.py')}"
+    if os.path.isdir(path):
+        return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
+    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; log in with `hf auth login` and accept its licence "
+            "there, or give --model a local folder")
+
+
+def fingerprint(model):
+    """Which trunk this is: a hash over the names, shapes and first values of all its weights, adapters left out."""
+    digest = hashlib.sha256()
+    for key, w in sorted(model.merged_state_dict().items()):
+        digest.update(f"{key}{tuple(w.shape)}".encode() + w.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(model, name, folder, **meta):
+    """Adapter and head `name` as one safetensors file, with what they need to be loaded, and `meta`, beside it in a JSON."""
+    with aside(folder) as tmp:
+        own = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if f".A.{name}." in k or f".B.{name}." in k or f"heads.{name}." in k}
+        save_file(own, os.path.join(tmp, "adapter.safetensors"))
+        with open(os.path.join(tmp, "adapter.json"), "w") as f:
+            json.dump(dict(name=name, **model.adapters[name], trunk=fingerprint(model), **meta), f, indent=1)
+
+
+def load_adapter(model, folder, made_by):
+    """Put a saved adapter and its head, frozen, on `model`; returns the meta data. A GVM of another trunk is refused."""
+    try:
+        with open(os.path.join(folder, "adapter.json")) as f:
+            meta = json.load(f)
+        with safe_open(os.path.join(folder, "adapter.safetensors"), "pt") as f:
+            own = {k: f.get_tensor(k) for k in f.keys()}
+    except (OSError, ValueError) as e:
+        die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
+    if meta["trunk"] != fingerprint(model):
+        die(f"{folder}: trained on another model than the one given by --init-from; train it on this one with: {made_by}")
+    model.add_adapter(meta["name"], meta["r"], meta["alpha"], trainable=False)
+    model.add_head(meta["name"])
+    model.heads[meta["name"]].requires_grad_(False)
+    missing = model.load_state_dict(own, strict=False).unexpected_keys
+    assert not missing, missing
+    return meta
+
+
+def print_models(models):
+    """Table of what the stage holds: models {role: module}."""
+    if rank() == 0:
+        print(f"{'model':<34}{'parameters':>14}{'trainable':>14}{'MB':>10}")
+        for role, m in models.items():
+            ps = list(m.parameters())
+            print(f"{role:<34}{sum(p.numel() for p in ps):>14,}{sum(p.numel() for p in ps if p.requires_grad):>14,}"
+                  f"{sum(p.numel() * p.element_size() for p in ps) / 2**20:>10.1f}")
+
+
+def engine(model, lr, zero, rows, accum=1):
+    """DeepSpeed engine with fused AdamW over the trainable parameters of `model`; ds_config.json fills in the rest.
+
+    rows: rows of one forward pass on one rank; accum: forward passes per optimizer step.
+    """
+    with open(os.path.join(HERE, "ds_config.json")) as f:
+        config = json.load(f)
+    config |= dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
+    config.setdefault("bf16", {})["enabled"] = next(model.parameters()).dtype == torch.bfloat16
+    config.setdefault("zero_optimization", {})["stage"] = zero
+    # One optimizer group a layer: ZeRO-1/2 upcast the gradients one group at a time (19 GB at 3B if it is all one group).
+    layer = lambda item: (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
+    trainable = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def set_lr(engine, lr):
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to tokens: one template for every stage
+
+
+def load_tokenizer(path):
+    """The tokenizer as it is, with a pad that is never eos (it is only a filler: every mask comes from lengths)."""
+    try:
+        tok = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        die(missing_model(path, e))
+    if tok.eos_token_id is None:
+        die(f"{path}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")
+    if tok.pad_token_id in (None, tok.eos_token_id):
+        vocab, spare = tok.get_vocab(), ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", tok.unk_token, tok.bos_token)
+        ids = [vocab[t] for t in spare if t in vocab] + [0, 1]
+        tok.pad_token = tok.convert_ids_to_tokens(next(i for i in ids if i != tok.eos_token_id))
+    return tok
+
+
+def encode_prompt(tok, prompt):
+    """Prompt (a string, or a list of {role, content}) -> ids up to where the response begins; bos at most once."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if tok.chat_template:
+        ids = list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    else:
+        text = "".join(f"### {m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages) + "### Assistant:\n"
+        ids = tok(text)["input_ids"]
+        ids = ids[:-1] if ids[-1] == tok.eos_token_id else ids
+    while ids[:2] == [tok.bos_token_id] * 2:
+        ids = ids[1:]
+    return ids
+
+
+def encode_response(tok, text):
+    """Response -> ids with eos appended by hand (add_eos_token is ignored by some tokenizers)."""
+    return tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
+
+
+def behind(tok, prefix, ids):
+    """ids put behind a prefix: the bos of the second part goes."""
+    return prefix + (ids[1:] if prefix and ids and ids[0] == tok.bos_token_id != tok.eos_token_id else ids)
+
+
+def frame(prompts, responses, pad, device="cpu"):
+    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T). All ranks get the same T, or ZeRO-3 would hang."""
+    P, T = max(map(len, prompts)), all_max(max(map(len, responses)))
+    ids = torch.full((len(prompts), P + T), pad)
+    attn = torch.zeros_like(ids)
+    for row, (p, r) in enumerate(zip(prompts, responses)):
+        ids[row, P - len(p):P + len(r)] = torch.tensor(p + r)
+        attn[row, P - len(p):P + len(r)] = 1
+    return ids.to(device), attn.to(device), attn[:, P:].bool().to(device)
+
+
+def join(ids, attn, response, mask, pad):
+    """Prompts (B, P) and what a rollout said, (B, T) each, as one frame whose T is the longest response of any rank."""
+    T = all_max(int(mask.any(0).sum()))
+    response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])), value=pad)
+    mask = F.pad(mask[:, :T], (0, max(0, T - mask.shape[1])))
+    return torch.cat([ids, response], 1), torch.cat([attn, mask.long()], 1), mask
+
+
+def unpad(ids, mask):
+    """The responses of a frame as lists of ids."""
+    return [row[m].tolist() for row, m in zip(ids[:, -mask.shape[1]:], mask)]
+
+
+def behind_tau(tok, tau, prompt, room):
+    """tau, a list of (prompt ids, response ids), in front of a prompt; pairs that `room` tokens do not hold are left out."""
+    prefix = []
+    for p, r in tau:
+        longer = behind(tok, prefix, p) + r
+        prefix = longer if len(longer) <= room else prefix
+    return behind(tok, prefix, prompt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Rows:
+    """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory."""
+
+    def __init__(self, path, keys, hint="python data/toy.py"):
+        if not os.path.isfile(path):
+            die(f"{path}: no such file; make it with: {hint}")
+        self.path, self.keys = path, set(keys)
+        self.file = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+        self.offsets = [0]
+        for line in self.file:
+            self.offsets.append(self.offsets[-1] + len(line))
+        self.offsets.pop()
+        if not self.offsets:
+            die(f"{path}: the file is empty")
+        self[0]
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __getitem__(self, i):
+        self.file.seek(self.offsets[i])
+        try:
+            row = json.loads(self.file.readline())
+        except ValueError as e:
+            die(f"{self.path}:{i + 1}: not JSON ({e})")
+        if not isinstance(row, dict) or self.keys - set(row):
+            die(f"{self.path}:{i + 1}: needs the keys {sorted(self.keys)}")
+        return row
+
+
+@functools.lru_cache(4)
+def permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(n, size, step, seed):
+    """Row numbers of batch `step`: shuffled epochs laid end to end, so that no row is dropped or repeated.
+
+    A function of the step alone: nothing to save for a resume. `size` counts all ranks; this rank gets its share.
+    """
+    mine = range(step * size + rank(), (step + 1) * size, world())
+    return [int(permutation(n, seed, i // n)[i % n]) for i in mine]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results: metrics.jsonl with a bar, and folders that are never half-written
+
+
+def mean_over_ranks(metrics):
+    """{name: number or scalar tensor} -> {name: float}, averaged over ranks; one transfer for all of them."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in metrics.values()])
+    if world() > 1:
+        values = values.to("cuda") if torch.cuda.is_available() else values
+        dist.all_reduce(values)
+    return dict(zip(metrics, (values / world()).tolist()))
+
+
+def peak_bytes():
+    """Peak memory so far: allocated on CUDA, resident on CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gather_dicts(mine):
+    """The union of every rank's dict, on every rank."""
+    parts = [None] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, mine)
+    return {k: v for part in parts if part for k, v in part.items()} or mine
+
+
+class Metrics:
+    """One JSON line a step in out/metrics.jsonl, the numbers that matter in a bar, DeepSpeed's monitor where it is on."""
+
+    def __init__(self, out, steps, desc, show, engine=None):
+        self.show, self.engine, self.start = show, engine, time.time()
+        self.file = open(os.path.join(out, "metrics.jsonl"), "w") if rank() == 0 else None
+        self.bar = tqdm(total=steps, desc=desc, disable=rank() != 0, dynamic_ncols=True, mininterval=1.0)
+
+    def log(self, step, **metrics):
+        row = dict(step=step, **mean_over_ranks(metrics), seconds=round(time.time() - self.start, 3), peak_bytes=peak_bytes())
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            self.bar.set_postfix({k: f"{row[k]:.3g}" for k in self.show if k in row}, refresh=False)
+        self.bar.update()
+        if self.engine is not None and self.engine.monitor.enabled and rank() == 0:
+            self.engine.monitor.write_events([(k, v, step) for k, v in row.items()])
+        return row
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+class Clock:
+    """Seconds by phase: `with clock("generate"): ...`"""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        self.wait()
+        begin = time.perf_counter()
+        yield
+        self.wait()
+        self.seconds["sec_" + phase] = self.seconds.get("sec_" + phase, 0.0) + time.perf_counter() - begin
+
+    @staticmethod
+    def wait():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def aside(folder):
+    """A folder to write in that takes the place of `folder` only once it is complete."""
+    tmp = folder.rstrip("/") + ".tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    yield tmp
+    old = folder.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(folder):
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(model, tok, folder, adapter=None):
+    """A plain transformers folder, adapter merged, which AutoModelForCausalLM loads."""
+    if rank() == 0:
+        with aside(folder) as tmp:
+            model.lm.save_pretrained(tmp, state_dict=model.merged_state_dict(adapter))
+            tok.save_pretrained(tmp)
+
+
+@torch.no_grad()
+def evaluate(rollout, model, trunk, tok, rows, reward, args, device, adapter=None, n=256):
+    """Roll out about n held-out prompts with the stage's own `rollout`: gold reward, KL to the reference, length, ended.
+
+    Prints and writes them to out/summary.json.
+    """
+    sums, count = {}, -(-n // (args.batch_size * world()))
+    model.eval()
+    for i in range(count):
+        mine = [rows[(i * args.batch_size * world() + j * world() + rank()) % len(rows)]["prompt"] for j in range(args.batch_size)]
+        ids, attn, mask, ended = rollout(model, [encode_prompt(tok, p)[-args.max_prompt_length:] for p in mine], tok, args, device, adapter)
+        logp, ref_logp = (m(ids, attn, mask.shape[1], a, temperature=args.temperature) for m, a in ((model, adapter), (trunk, None)))
+        texts = [tok.decode(r, skip_special_tokens=True) for r in unpad(ids, mask)]
+        part = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(), ended=ended.float().mean())
+        if reward:
+            part["gold"] = float(np.mean([reward(p, t) for p, t in zip(mine, texts)]))
+        for k, v in mean_over_ranks(part).items():
+            sums[k] = sums.get(k, 0.0) + v / count
+    write_json(os.path.join(args.out, "summary.json"), dict(sums, rollouts=count * args.batch_size * world(), peak_bytes=peak_bytes()))
+    if rank() == 0:
+        print("held-out prompts: " + ", ".join(f"{k} {v:.3f}" for k, v in sums.items()) + f"; wrote {args.out}/model")
+    return sums
+
+
+def write_json(path, value):
+    if rank() == 0:
+        with open(path + ".tmp", "w") as f:
+            json.dump(value, f, indent=1)
+        os.replace(path + ".tmp", path)

@@ -1,0 +1,119 @@
+"""Stage 1: supervised fine-tuning, the policy that everything else starts from.
+
+Reads   {prompt, response} rows                    data/toy/sft.jsonl
+Writes  a transformers folder and metrics.jsonl    out/tiny/sft/model
+
+Objective: cross-entropy on the response tokens alone, <eos> included, a mean over the tokens of the whole batch. AdamW, cosine
+decay, 2 warm-up steps, batch 16, 3 epochs (paper, appendix A; equation numbers here and elsewhere are those of arXiv
+2502.16944 v1).
+
+Deviations from the paper
+1. It gives one batch size for 8 GPUs; here every batch size is per GPU, the only reading under which its batches of 4 and 8
+   can be split over 8 GPUs.
+
+    python sft.py                                               the embedded world on a CPU
+    python sft.py --model llama3-3b                             one GPU
+    deepspeed --num_gpus 8 sft.py --model llama3-3b             eight
+"""
+import math
+import os
+
+import torch
+
+import common
+
+
+def parse_args(argv=None):
+    p, d = common.flags(__doc__, argv, "sft")
+    p.add_argument("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
+    p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows {prompt, response} to measure on")
+    p.add_argument("--init-from", default=d.id, help="transformers folder or hub id to start from")
+    p.add_argument("--out", default=f"{d.out}/sft", help="folder to write")
+    p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per optimizer step and GPU (paper 16)")
+    p.add_argument("--grad-accum", type=int, default=1, help="forward passes that a batch is split into, to save memory")
+    p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
+    p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="steps of linear warm-up (paper 2)")
+    p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
+    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response; longer responses are cut")
+    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
+    p.add_argument("--reward", default=d.reward, help="FILE.py:function(prompt, response) -> float, scores held-out samples")
+    return common.parse(p, argv)
+
+
+def sft_loss(logp, mask, n_tokens):
+    """Cross-entropy, (B, T) -> scalar: the sum over this micro-batch over the token count of the whole batch."""
+    return -(logp * mask).sum() / n_tokens
+
+
+def cosine(step, steps, warmup):
+    """Learning-rate factor: linear over the warm-up, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def encode(tok, rows, max_length):
+    prompts = [common.encode_prompt(tok, r["prompt"]) for r in rows]
+    return prompts, [common.encode_response(tok, r["response"])[:max(1, max_length - len(p))] for p, r in zip(prompts, rows)]
+
+
+@torch.no_grad()
+def heldout_loss(policy, tok, rows, args, device):
+    """Mean cross-entropy per response token over the held-out rows, every rank a share."""
+    total, count = torch.zeros((), device=device), torch.zeros((), device=device)
+    step = args.batch_size * common.world()
+    for i in range(0, len(rows) - step + 1, step):           # whole batches only: every rank runs as many forwards
+        mine = range(i + common.rank(), i + step, common.world())
+        ids, attn, mask = common.frame(*encode(tok, [rows[j] for j in mine], args.max_length), tok.pad_token_id, device)
+        total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
+        count += mask.sum()
+    return (common.all_sum(total) / common.all_sum(count).clamp(min=1)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    train = common.Rows(args.data, ["prompt", "response"])
+    heldout = common.Rows(args.heldout, ["prompt", "response"])
+    tok = common.load_tokenizer(args.init_from)
+    device = common.start(args)
+    model = common.load_model(args.init_from)
+    common.print_models({"policy": model})
+    policy = common.engine(model, args.lr, args.zero, args.batch_size // args.grad_accum, args.grad_accum)
+    batch = args.batch_size * common.world()                 # rows per optimizer step, all ranks together
+    steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
+    metrics = common.Metrics(args.out, steps, "sft", ("loss", "lr"), policy)
+
+    policy.train()
+    for step in range(steps):
+        # 1. batch
+        rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
+        ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), tok.pad_token_id, device)
+        n_tokens = common.all_sum(mask.sum())
+
+        # 2. update
+        lr = args.lr * cosine(step, steps, args.warmup_steps)
+        common.set_lr(policy, lr)
+        loss = torch.zeros((), device=device)
+        for ids_m, attn_m, mask_m in zip(*(x.chunk(args.grad_accum) for x in (ids, attn, mask))):    # (B/accum, ...)
+            micro = sft_loss(policy(ids_m, attn_m, mask_m.shape[1]), mask_m, n_tokens)
+            policy.backward(micro * args.grad_accum * common.world())    # DeepSpeed divides by both
+            policy.step()
+            loss += micro.detach()
+
+        # 3. log
+        metrics.log(step, loss=loss * common.world(), lr=lr, tokens=n_tokens)
+    metrics.close()
+
+    # 4. held-out loss, save
+    policy.eval()
+    summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
+    common.save_model(model, tok, os.path.join(args.out, "model"))
+    common.write_json(os.path.join(args.out, "summary.json"), summary)
+    if common.rank() == 0:
+        print(f"held-out loss {summary['heldout_loss']:.4f} nats a token; wrote {args.out}/model")
+
+
+if __name__ == "__main__":
+    main()
+    common.finish()
