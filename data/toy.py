@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-NOUNS = "soup staff room pasta wine music view bread".split()
-POSITIVE = "great lovely friendly warm fresh superb kind tasty fair bright calm neat pretty rich".split()
-NEGATIVE = "awful rude bland cold slow stale dirty dull sour grim loud shabby greasy sad".split()
+NOUNS = "soup staff room pasta wine music view bread menu garden coffee fish".split()
+POSITIVE = "great lovely friendly warm fresh superb kind tasty fair bright calm neat".split()
+NEGATIVE = "awful rude bland cold slow stale dirty dull sour grim loud shabby".split()
 INTENSIFIERS = "very so rather".split()
 OPENERS = "well honestly overall".split()
 WORDS = NOUNS + POSITIVE + NEGATIVE + INTENSIFIERS + OPENERS + "review the and was not , .".split()
@@ -52,13 +52,14 @@ class Policy(NamedTuple):
 
 POLICIES = {
     "expert": Policy(kind=0.98, wrong=0.005, stop=0.005, more=0.02),
-    "good": Policy(kind=0.90, wrong=0.02, stop=0.02, stutter=0.01, slip=0.01),
-    "average": Policy(kind=0.78, wrong=0.03, stop=0.04, stutter=0.01, slip=0.01),
-    "clumsy": Policy(kind=0.60, wrong=0.12, stop=0.15, stutter=0.08, slip=0.10, more=0.2),
-    "poor": Policy(kind=0.12, wrong=0.08, stop=0.08, stutter=0.03, slip=0.03, more=0.1),
+    "good": Policy(kind=0.90, wrong=0.01, stop=0.02),
+    "average": Policy(kind=0.78, wrong=0.02, stop=0.04),
+    "clumsy": Policy(kind=0.60, wrong=0.08, stop=0.20, stutter=0.08, slip=0.05, more=0.2),
+    "poor": Policy(kind=0.12, wrong=0.04, stop=0.08, stutter=0.02, slip=0.01, more=0.1),
 }
 
 
+SIN = float(os.environ.get("SIN", "0.1"))
 SFT_MIX = {"expert": 0.2, "good": 0.2, "average": 0.4, "clumsy": 0.1, "poor": 0.1}
 
 
@@ -251,7 +252,7 @@ def write_jsonl(path, rows):
     print(f"{path}: {len(rows):,} rows")
 
 
-def make(out, seed=0, sft_rows=4000, rows_per_policy=1500, heldout_rows_per_policy=150):
+def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_policy=150):
     """Write the whole world into the folder `out`; the same arguments give the same files, byte for byte."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -260,12 +261,18 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=1500, heldout_rows_per_poli
     tok = tokenizer()
     tok.save_pretrained(os.path.join(out, "model"))
     torch.manual_seed(seed)
-    GPT2LMHeadModel(model_config(tok)).save_pretrained(os.path.join(out, "model"))
+    model = GPT2LMHeadModel(model_config(tok))
+    # Positions start as sinusoids (arXiv 1706.03762): an offset is then a rotation, which two layers learn in a thousand steps;
+    # from random positions they would have to learn every place that a tau can shift the prompt to.
+    d = model.config.n_embd
+    angle = torch.arange(256)[:, None] / 10_000 ** (torch.arange(0, d, 2) / d)
+    model.transformer.wpe.weight.data = SIN * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+    model.save_pretrained(os.path.join(out, "model"))
     rng = np.random.default_rng(seed)
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(NOUNS, 2)]
     rng.shuffle(prompts)
-    for part, mine, n_sft, n in (("", prompts[12:], sft_rows, rows_per_policy),
-                                 ("_heldout", prompts[:12], sft_rows // 10, heldout_rows_per_policy)):
+    for part, mine, n_sft, n in (("", prompts[20:], sft_rows, rows_per_policy),
+                                 ("_heldout", prompts[:20], sft_rows // 10, heldout_rows_per_policy)):
         def draw(policy):
             """Labelled responses of one policy, the prompts in turn, without end."""
             for prompt in itertools.cycle(str(p) for p in rng.permutation(mine)):

@@ -1,0 +1,281 @@
+"""What DVPO replaces: RLHF with PPO, four models of which two are trained. Written line by line beside dvpo.py.
+
+Reads   {prompt} rows                                   data/toy/prompts.jsonl
+        the SFT model: first policy, reference, trunk   out/tiny/sft/model
+        the reward model on that trunk                  out/tiny/rm/model, trained first where there is none
+Writes  the policy, a transformers folder               out/tiny/ppo/model
+
+Reward model (Bradley-Terry): L = -log sigmoid(r(x, chosen) - r(x, rejected)), read at the last token. PPO: eq. (3) of arXiv
+2502.16944 v1 with
+
+    reward_t = - kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is the last token] r(x, y)
+    A = GAE(reward, V), gamma 1, lambda 0.95, whitened;   critic: 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2), G = A + V_old
+
+The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share one frozen trunk, as
+reference and GVM do in dvpo.py: PPO is given every saving that DVPO has. `diff dvpo.py ppo_baseline.py` is the method.
+
+Choices the paper leaves open
+1. Rewards are the reward model's scores less their mean, in units of their standard deviation, over its training data.
+2. A response without <eos> pays --missing-eos-penalty.
+3. KL coefficient and early stop as in dvpo.py.
+
+    python ppo_baseline.py                                          the embedded world on a CPU
+    python ppo_baseline.py --model llama3-3b                        one GPU
+    deepspeed --num_gpus 8 ppo_baseline.py --model llama3-3b        eight
+"""
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+
+
+def parse_args(argv=None):
+    p, d = common.flags(__doc__, argv, "rm", "rl")
+    p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
+    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on at the end")
+    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="the SFT model: first policy and reference")
+    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model; trained here first if it is not there")
+    p.add_argument("--reward", default=None, help="FILE.py:function(prompt, response) -> float, trained on in place of the reward model")
+    p.add_argument("--gold", default=d.reward, help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
+    p.add_argument("--out", default=f"{d.out}/ppo", help="folder to write")
+    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper, figure 3: about 450 at 3B)")
+    p.add_argument("--save-every", type=int, default=d.save_every, help="write the policy every so many steps, and at the end")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
+    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per forward and backward pass (paper 2)")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per optimizer step (paper 2)")
+    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over each batch of rollouts (paper 4)")
+    p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
+    p.add_argument("--critic-lr", type=float, default=d.critic_lr, help="learning rate of the critic (paper 2e-6)")
+    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens; longer prompts lose their beginning")
+    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a response at most (paper 1024)")
+    p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, in sampling and scoring alike")
+    p.add_argument("--gamma", type=float, default=1.0, help="discount per token")
+    p.add_argument("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
+    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="taken off the reward of a response that never ends")
+    p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3), and of the value clip (paper: not given)")
+    p.add_argument("--kl-coef", type=float, default=0.2, help="first coefficient of the KL penalty (paper 0.2)")
+    p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
+    p.add_argument("--kl-stop", type=float, default=0.1, help="inner epochs end once KL(old, new) per token passes 1.5 times this (paper 0.1)")
+    p.add_argument("--pairs", default=f"{d.data}/pairs.jsonl", help="reward model: rows {prompt, chosen, rejected} to train on")
+    p.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="reward model: rows to measure on")
+    p.add_argument("--rm-lr", type=float, default=d.rm_lr, help="reward model: peak learning rate, linear decay (paper 2e-5)")
+    p.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="reward model: pairs per step and GPU (paper 4)")
+    p.add_argument("--rm-epochs", type=float, default=d.rm_epochs, help="reward model: passes over the pairs (paper 2)")
+    p.add_argument("--rm-max-steps", type=int, default=None, help="reward model: stop after so many steps, whatever --rm-epochs says")
+    p.add_argument("--max-length", type=int, default=d.max_length, help="reward model: tokens of prompt + response")
+    p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="reward model: rank of the adapter (paper 8)")
+    p.add_argument("--lora-alpha", type=float, default=32, help="reward model: the adapter is scaled by alpha / rank (paper 32)")
+    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="reward model: dropout before the adapter (paper 0.1)")
+    return common.parse(p, argv)
+
+
+@torch.no_grad()
+def rollout(model, prompts, tok, args, device, adapter=None):
+    """One sampled response a prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)      # (B, P)
+    decode = common.Decoder(model, ids, attn, adapter)
+    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
+    for t in range(args.max_new_tokens):
+        probs = (decode.logits / args.temperature).softmax(-1)                                 # (B, V)
+        token = (probs / torch.empty_like(probs).exponential_()).argmax(-1)                    # a sample; the host need not wait
+        response.append(token.masked_fill(ended, tok.pad_token_id))
+        mask.append(~ended)
+        ended = ended | (token == tok.eos_token_id)
+        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
+            break
+        decode(token)
+    return *common.join(ids, attn, torch.stack(response, 1), torch.stack(mask, 1), tok.pad_token_id), ended
+
+
+def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
+    """Eq. (3), negated, a mean over the masked tokens: (B, T) each -> scalar, {clip_frac, kl_step, ratio}.
+
+    kl_step estimates KL(old, new) per token by (r - 1) - log r, which is never negative.
+    """
+    log_ratio = (logp - old_logp).clamp(-20, 20)
+    ratio, n = log_ratio.exp(), mask.sum().clamp(min=1)
+    loss = -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
+    mean = lambda x: (x.detach() * mask).sum() / n
+    return (loss * mask).sum() / n, dict(clip_frac=mean(((ratio - 1).abs() > clip).float()), kl_step=mean(ratio - 1 - log_ratio), ratio=mean(ratio))
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (arXiv 1506.02438): (B, T) each -> advantage (B, T), returns (B, T), 0 outside the mask.
+
+    values[t] = V(s_t), before a_t; the value after the last masked token is 0.
+    """
+    values, adv, ahead = values * mask, torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        after = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        ahead = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * ahead) * mask[:, t]
+        adv[:, t] = ahead
+    return adv, (adv + values) * mask
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Clipped squared error, a mean over the masked tokens: (B, T) each -> scalar."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def pairwise_loss(chosen, rejected):
+    """Bradley-Terry: scores (B,), (B,) -> scalar, the mean of -log sigmoid(chosen - rejected)."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def scores(model, ids, attn, mask, name="rm"):
+    """The head at the last token of each response: (B,)."""
+    return model(ids, attn, mask.shape[1], name, head=name).gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+
+
+def train_reward_model(args, tok, device):
+    """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
+    train, heldout = (common.Rows(path, ["prompt", "chosen", "rejected"]) for path in (args.pairs, args.pairs_heldout))
+    rm = common.load_model(args.init_from, trainable=False)
+    rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
+    rm.add_head("rm")
+    common.print_models({"trunk (frozen) + RM adapter + head": rm})
+    engine = common.engine(rm, args.rm_lr, args.zero, args.rm_batch_size)
+    batch = args.rm_batch_size * common.world()
+    steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
+    out = os.path.dirname(args.rm)
+    metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine)
+
+    def forward(rows):
+        """Scores of the chosen and the rejected response of each row, (B,), (B,)."""
+        prompts = [common.encode_prompt(tok, r["prompt"]) for r in rows]
+        responses = [common.encode_response(tok, r[side])[:max(1, args.max_length - len(p))] for side in ("chosen", "rejected") for r, p in zip(rows, prompts)]
+        return scores(engine, *common.frame(prompts * 2, responses, tok.pad_token_id, device)).chunk(2)
+
+    engine.train()
+    seen = []
+    for step in range(steps):
+        chosen, rejected = forward([train[i] for i in common.batch_indices(len(train), batch, step, args.seed)])
+        loss = pairwise_loss(chosen, rejected)
+        common.set_lr(engine, args.rm_lr * (1 - step / steps))
+        engine.backward(loss)
+        engine.step()
+        seen = (seen + [torch.cat([chosen, rejected]).detach()])[-100:]
+        metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
+    metrics.close()
+    engine.eval()
+    right = []
+    with torch.no_grad():
+        for step in range(-(-len(heldout) // batch)):
+            right.append(torch.sub(*forward([heldout[i] for i in common.batch_indices(len(heldout), batch, step, args.seed)])) > 0)
+    accuracy = common.mean_over_ranks(dict(accuracy=torch.cat(right).float().mean()))["accuracy"]
+    mean, std = common.masked_moments(torch.cat(seen), torch.ones_like(torch.cat(seen)))
+    common.save_adapter(rm, "rm", args.rm, mean=mean.item(), std=std.item(), accuracy=accuracy, init_from=args.init_from)
+    if common.rank() == 0:
+        print(f"reward model: held-out pair accuracy {accuracy:.3f}; wrote {args.rm}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    common.check_batches(args)
+    data, heldout = common.Rows(args.data, ["prompt"]), common.Rows(args.heldout, ["prompt"])
+    reward, gold_reward = common.load_function(args.reward), common.load_function(args.reward or args.gold)
+    tok = common.load_tokenizer(args.init_from)
+    device = common.start(args)
+
+    # Models: policy and critic, and one frozen trunk for reference and reward model.
+    if reward is None and not os.path.exists(args.rm):
+        train_reward_model(args, tok, device)
+    trunk = common.load_model(args.init_from, trainable=False)
+    meta = {} if reward else common.load_adapter(trunk, args.rm, made_by=f"python ppo_baseline.py --model {args.model}")
+    model, critic_model = common.load_model(args.init_from), common.load_model(args.init_from)
+    critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
+    critic_model.add_head("critic")
+    common.print_models({"policy": model, "critic": critic_model, "reference" if reward else "reference, reward model": trunk})
+    policy = common.engine(model, args.lr, args.zero, args.mini_batch_size, args.grad_accum)
+    critic = common.engine(critic_model, args.critic_lr, args.zero, args.mini_batch_size, args.grad_accum)
+    trunk = trunk.eval()
+
+    batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
+    metrics = common.Metrics(args.out, args.max_steps, "ppo", ("gold", "kl", "score", "ended", "length"), policy)
+    kl_coef = args.kl_coef
+
+    for step in range(args.max_steps):
+        clock = common.Clock()
+        index = common.batch_indices(len(data), batch, step, args.seed)
+        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+
+        # 1. rollout
+        with clock("generate"):
+            policy.eval()
+            ids, attn, mask, ended = rollout(model, prompts, tok, args, device)
+            T, responses = mask.shape[1], common.unpad(ids, mask)
+
+        with clock("score"), torch.no_grad():
+            # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1
+            minis = torch.arange(args.batch_size, device=device).split(args.mini_batch_size)
+            old_logp = torch.cat([policy(ids[m], attn[m], T, temperature=args.temperature) for m in minis])
+            ref_logp = torch.cat([trunk(ids[m], attn[m], T, temperature=args.temperature) for m in minis])
+
+            # 3. value of the critic before each token, and the reward of the whole response
+            values = torch.cat([critic(ids[m], attn[m], T, head="critic")[:, :-1] for m in minis])             # (B, T)
+            texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
+            if reward:
+                score = torch.tensor([float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts)], device=device)
+            else:
+                score = (torch.cat([scores(trunk, ids[m], attn[m], mask[m]) for m in minis]) - meta["mean"]) / meta["std"]
+
+        # 4. advantage
+        log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
+        rewards = -kl_coef * log_ratio_ref * mask                                                              # (B, T)
+        rewards[torch.arange(args.batch_size), mask.sum(1) - 1] += score - args.missing_eos_penalty * ~ended
+        adv, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        mean, std = common.masked_moments(adv, mask)
+        adv = (adv - mean) / (std + 1e-8) * mask
+        kl = (log_ratio_ref * mask).sum(1).mean()                                                              # nats a response
+
+        # 5. update
+        with clock("train"):
+            policy.train(), critic.train()
+            stats, updates = [], 0
+            for epoch in range(args.ppo_epochs):
+                order = torch.arange(args.batch_size) if epoch == 0 else torch.randperm(args.batch_size)
+                epoch_kl = []
+                for group in order.to(device).split(args.mini_batch_size * args.grad_accum):
+                    n_tokens = common.all_sum(mask[group].sum())
+                    for m in group.split(args.mini_batch_size):
+                        logp = policy(ids[m], attn[m], T, temperature=args.temperature)
+                        loss, stat = clipped_ppo_loss(logp, old_logp[m], adv[m], mask[m], args.clip)
+                        share = mask[m].sum() / n_tokens * common.world()       # a token mean over the whole optimizer batch
+                        policy.backward(loss * share * args.grad_accum)         # DeepSpeed divides by world and accumulation
+                        policy.step()
+                        v = critic(ids[m], attn[m], T, head="critic")[:, :-1]
+                        v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
+                        critic.backward(v_loss * share * args.grad_accum)
+                        critic.step()
+                        stats.append(dict(stat, loss=loss.detach(), value_loss=v_loss.detach()))
+                        epoch_kl.append(stat["kl_step"])
+                    updates += 1
+                if common.mean_over_ranks(dict(kl=torch.stack(epoch_kl).mean()))["kl"] > 1.5 * args.kl_stop:
+                    break
+
+        # 6. log, save, adapt the KL coefficient
+        gold = {"gold": np.mean([gold_reward(data[i]["prompt"], t) for i, t in zip(index, texts)])} if gold_reward else {}
+        mean = {k: torch.stack([s[k] for s in stats]).mean() for k in ("loss", "value_loss", "clip_frac", "kl_step")}
+        q_mean, q_std = common.masked_moments(values, mask)
+        row = metrics.log(step, **mean, **gold, **clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(), score=score.mean(),
+                          adv_std=common.masked_moments(adv, mask)[1], ratio_first=stats[0]["ratio"], updates=updates,
+                          entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(), length=mask.sum(1).float().mean(),
+                          tokens=common.all_sum(mask.sum()))
+        kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000
+        if (step + 1) % args.save_every == 0:
+            common.save_model(model, tok, os.path.join(args.out, "model"))
+    metrics.close()
+
+    common.save_model(model, tok, os.path.join(args.out, "model"))
+    common.evaluate(rollout, model, trunk, tok, heldout, gold_reward, args, device)
+
+
+if __name__ == "__main__":
+    main()
+    common.finish()

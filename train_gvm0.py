@@ -1,0 +1,323 @@
+"""Stage 2: the global value model, Q(tau, s, a), trained offline on the data that a reward model would have used.
+
+Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rejected[, chosen_policy, rejected_policy]},
+        which become two rows of reward +1 and -1       data/toy/gvm.jsonl
+        the SFT model, which becomes the trunk          out/tiny/sft/model
+Writes  a LoRA adapter and a scalar head on that trunk  out/tiny/gvm/model
+
+tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the prompt in the
+same template. Objective, eq. (1) with lambda = 0 (equation numbers are those of arXiv 2502.16944 v1):
+
+    L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,   G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}),
+    and G = the reward of the whole response at its last token; no gradient flows into G.
+
+Q is also trained at the last prompt token, t = -1, towards gamma G_0: that is V(s_0), what this policy will get on this prompt.
+
+Deviations from the paper
+1. TD(lambda) with lambda 0.95 for its lambda = 0: one-step targets carry the reward back one token an update, and the policy
+   trained on such a GVM is unstable (DESIGN_NOTE).
+2. Batch norm, eq. (2), is a flag and off: a Q measured in rewards can be checked against the truth. Its running mean and sigma
+   are kept in the checkpoint either way; dvpo.py normalises the advantage with them.
+3. A linear decay of the learning rate, which the paper does not mention.
+
+    python train_gvm.py                                         the embedded world on a CPU
+    python train_gvm.py --model llama3-3b                       one GPU
+    deepspeed --num_gpus 8 train_gvm.py --model llama3-3b       eight
+
+    python train_gvm.py --eval-only --data data/toy/gvm_heldout.jsonl           the paper's table 4 on any labelled file
+    python train_gvm.py --show "review the soup and the staff ." "the soup was not bad . the staff was rude ."   figure 4
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+
+
+def parse_args(argv=None):
+    p, d = common.flags(__doc__, argv, "gvm")
+    p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs to train on (with --eval-only: to measure on)")
+    p.add_argument("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows or pairs to measure on")
+    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="the SFT model: trunk of the GVM and reference of dvpo.py")
+    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="adapter folder that --eval-only and --show load")
+    p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
+    p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per optimizer step and GPU (paper 32)")
+    p.add_argument("--grad-accum", type=int, default=1, help="forward passes that a batch is split into, to save memory")
+    p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
+    p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
+    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of tau + prompt + response; tau pairs that do not fit are left out (paper 1024)")
+    p.add_argument("--td-lambda", type=float, default=0.95, help="0: one-step TD, eq. (1) to the letter; 1: the reward itself is every token's target (paper 0)")
+    p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
+    p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
+    p.add_argument("--tau-pairs", type=int, default=3, help="most question-answer pairs in tau; 0: no tau (paper: not given)")
+    p.add_argument("--lora-rank", type=int, default=8, help="rank of the adapter (paper 8)")
+    p.add_argument("--lora-alpha", type=float, default=32, help="the adapter is scaled by alpha / rank (paper 32)")
+    p.add_argument("--lora-dropout", type=float, default=0.1, help="dropout before the adapter, in training (paper 0.1)")
+    p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> true value, to measure against")
+    p.add_argument("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
+    p.add_argument("--min-gap", type=float, default=0.0, help="table 4 counts pairs whose rewards differ by more than this")
+    p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="do not train; print each token coloured by its value")
+    p.add_argument("--policy", default=None, help="--show: whose rows in --heldout give tau (default: no tau)")
+    return common.parse(p, argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def td_targets(q, score, mask, gamma, lam):
+    """TD(lambda) targets: q (B, T), score (B,), mask (B, T) -> (B, T), 0 outside the mask.
+
+    At the last masked token the target is score; before it, gamma ((1 - lam) q[t+1] + lam target[t+1]). lam = 0 is eq. (1),
+    lam = 1 is the discounted score. The mask is True from position 0 up to some token. Give it a detached q.
+    """
+    last = mask.sum(1) - 1                                                 # (B,)
+    targets, ahead = torch.zeros_like(q), torch.zeros_like(score)
+    for t in reversed(range(q.shape[1])):
+        if t + 1 < q.shape[1]:
+            ahead = gamma * ((1 - lam) * q[:, t + 1] + lam * ahead)
+        ahead = torch.where(last == t, score, ahead)
+        targets[:, t] = ahead
+    return targets * mask
+
+
+def batch_norm(x, mask, eps=1e-5):
+    """Eq. (2): (x - mu) / (sigma + eps) over the masked tokens of all rows and ranks; (B, T) -> (B, T), 0 outside the mask."""
+    mean, std = common.masked_moments(x, mask)
+    return (x - mean) / (std + eps) * mask
+
+
+def gvm_loss(q, reward, mask, args):
+    """Eq. (1) at t = -1 .. T-1: q (B, T+1), reward (B,), mask (B, T+1) -> sum over this micro-batch of squared TD errors."""
+    if args.batch_norm:
+        q = batch_norm(q, mask)
+    return ((td_targets(q.detach(), reward, mask, args.gamma, args.td_lambda) - q) ** 2 * mask).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Offline data: rows, and tau
+
+
+class Labelled:
+    """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
+
+    def __init__(self, paths):
+        self.rows = []                                                     # (file, line, side)
+        for path in paths:
+            file = common.Rows(path, ["prompt"])
+            sides = ("chosen", "rejected") if "chosen" in file[0] else (None,)
+            self.rows += [(file, i, side) for i in range(len(file)) for side in sides]
+        self.by_policy, rewards = {}, []
+        for i in tqdm(range(len(self)), desc="reading", disable=common.rank() != 0, mininterval=1.0, leave=False):
+            self.by_policy.setdefault(self[i]["policy"], []).append(i)
+            rewards.append(self[i]["reward"])
+        self.about = "%d rows, %d policies, reward mean %.3f, sd %.3f, min %.3f, quartiles %.3f %.3f %.3f, max %.3f" % (
+            len(self), len([k for k in self.by_policy if k]), np.mean(rewards), np.std(rewards), *np.quantile(rewards, [0, .25, .5, .75, 1]))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        file, line, side = self.rows[i]
+        row = file[line]
+        try:
+            if side is None:
+                return dict(prompt=row["prompt"], response=row["response"], reward=float(row["reward"]), policy=row.get("policy"))
+            return dict(prompt=row["prompt"], response=row[side], reward=1.0 if side == "chosen" else -1.0, policy=row.get(side + "_policy"))
+        except KeyError as e:
+            common.die(f"{file.path}:{line + 1}: key {e} is missing; rows need prompt, response, reward, or prompt, chosen, rejected")
+
+    def tau(self, policy, prompt, pairs, rng):
+        """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy name."""
+        mine = self.by_policy[policy] if policy is not None and pairs else []
+        drawn = (self[mine[i]] for i in rng.permutation(len(mine))[:2 * pairs])
+        return list(itertools.islice((r for r in drawn if r["prompt"] != prompt), pairs))
+
+
+def encode(tok, rows, taus, max_length):
+    """Rows and their tau -> lists of prompt ids (tau in front) and response ids."""
+    prompts, responses = [], []
+    for row, tau in zip(rows, taus):
+        prompt = common.encode_prompt(tok, row["prompt"])
+        response = common.encode_response(tok, row["response"])[:max(1, max_length - len(prompt))]
+        tau = [(common.encode_prompt(tok, r["prompt"]), common.encode_response(tok, r["response"])) for r in tau]
+        prompts.append(common.behind_tau(tok, tau, prompt, max_length - len(prompt) - len(response)))
+        responses.append(response)
+    return prompts, responses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 4, figure 4
+
+
+@torch.no_grad()
+def token_values(gvm, tok, rows, taus, args, device, batch=32):
+    """[(response ids, values (T+1,))] of all rows, every rank a share; values[0] is V(s_0), values[t+1] is Q at token t."""
+    found, step = {}, batch * common.world()
+    for i in tqdm(range(0, len(rows), step), desc="values", disable=common.rank() != 0, mininterval=1.0, leave=False):
+        mine = [j % len(rows) for j in range(i + common.rank(), i + step, common.world())]     # every rank, equally many forwards
+        prompts, responses = encode(tok, [rows[j] for j in mine], [taus[j] for j in mine], args.max_length)
+        ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id, device)
+        q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm").cpu().numpy()
+        found |= {j: (r, v[:len(r) + 1]) for j, r, v in zip(mine, responses, q)}
+    found = common.gather_dicts(found)
+    return [found[j] for j in range(len(rows))]
+
+
+def table4(rows, values, min_gap):
+    """Pairs of rows on one prompt whose rewards differ: how often each statistic of the token values is higher for the better.
+
+    -> {statistic: accuracy in [0, 1]}, a tie counting one half; number of pairs.
+    """
+    stats = {"mean": [q[1:].mean() for _, q in values]}
+    stats |= {f"P{p}": [np.percentile(q[1:], p) for _, q in values] for p in (1, 5, 10, 90, 95, 99)}
+    stats["last"] = [q[-1] for _, q in values]
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(json.dumps(row["prompt"]), []).append(i)
+    pairs = [(i, j) if rows[i]["reward"] > rows[j]["reward"] else (j, i) for group in groups.values()
+             for i, j in itertools.combinations(group, 2) if abs(rows[i]["reward"] - rows[j]["reward"]) > min_gap]
+    better, worse = np.array(pairs, dtype=int).reshape(-1, 2).T
+    wins = lambda s: (np.sign(np.array(s)[better] - np.array(s)[worse]) + 1).mean() / 2 if pairs else math.nan
+    return {k: float(wins(s)) for k, s in stats.items()}, len(pairs)
+
+
+def correlation(x, y):
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 1e-9 and np.std(y) > 1e-9 else math.nan
+
+
+def evaluate(gvm, tok, data, args, device):
+    """Everything the paper reports of a GVM, and on the toy its distance from the truth -> a dict, ready for JSON."""
+    rows = [data[i] for i in range(len(data))]
+    taus = [data.tau(r["policy"], r["prompt"], args.tau_pairs, np.random.default_rng([args.seed, i])) for i, r in enumerate(rows)]
+    values = token_values(gvm, tok, rows, taus, args, device)
+    accuracy, n_pairs = table4(rows, values, args.min_gap)
+    by_policy = {p: dict(mean_reward=float(np.mean([rows[i]["reward"] for i in index])), v0=float(np.mean([values[i][1][0] for i in index])))
+                 for p, index in sorted(data.by_policy.items(), key=lambda item: str(item[0])) if p is not None}
+    means, v0s = [v["mean_reward"] for v in by_policy.values()], [v["v0"] for v in by_policy.values()]
+    out = dict(pairs=n_pairs, accuracy=accuracy, policies=by_policy, v0_correlation=correlation(means, v0s) if len(means) > 1 else math.nan,
+               v0_ranks_all_policies=bool(len(means) > 1 and np.std(v0s) > 1e-9 and (np.argsort(means) == np.argsort(v0s)).all()))
+    if args.true_q:
+        true_q, q, truth = common.load_function(args.true_q), [], []
+        for row, (ids, value) in zip(rows, values):
+            try:
+                truth += [true_q(row["prompt"], tok.decode(ids[:t]), row["policy"]) for t in range(len(ids) + 1)]
+                q += list(value)
+            except KeyError:                                               # a policy whose true value is not known
+                pass
+        out["true_q"] = dict(correlation=correlation(q, truth), rmse=float(np.sqrt(np.mean((np.array(q) - truth) ** 2))), tokens=len(q))
+    return out
+
+
+def report(result):
+    """Table 4 and the policies' values as text."""
+    lines = ["accuracy over %d pairs:  " % result["pairs"] + "  ".join(f"{k} {v:.3f}" for k, v in result["accuracy"].items())]
+    lines += [f"{p:>24}: mean reward {v['mean_reward']:+.3f}   mean V(s_0 | tau) {v['v0']:+.3f}" for p, v in result["policies"].items()]
+    lines += [f"correlation of V(s_0 | tau) with the policies' mean rewards: {result['v0_correlation']:.3f}, "
+              f"order {'right' if result['v0_ranks_all_policies'] else 'not right'}"]
+    if "true_q" in result:
+        lines += ["against the true value of {tokens} tokens: correlation {correlation:.3f}, rms error {rmse:.3f}".format(**result["true_q"])]
+    return "\n".join(lines)
+
+
+def colour(text, value, scale):
+    """Text on a background from red (-scale) over white (0) to green (+scale)."""
+    x = max(-1.0, min(1.0, value / scale))
+    r, g, b = (255 - int(max(0, x) * 155), 255 + int(min(0, x) * 155), 255 - int(abs(x) * 155))
+    return f"\033[48;2;{r};{g};{b}m\033[30m{text}\033[0m"
+
+
+def show(gvm, tok, prompt, response, tau, args, device):
+    """Figure 4: print the tokens coloured by value; with --true-q and --policy the truth underneath. -> dict for the plot."""
+    (ids, value), = token_values(gvm, tok, [dict(prompt=prompt, response=response)], [tau], args, device)
+    tokens = ["V(s_0)"] + [tok.decode([i]) for i in ids]
+    out = dict(prompt=prompt, response=response, policy=args.policy, tokens=tokens, q=[float(v) for v in value])
+    if args.true_q and args.policy:
+        out["true_q"] = [common.load_function(args.true_q)(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
+    scale = max(1e-6, np.abs(out["q"] + out.get("true_q", [])).max())
+    for key in ("q", "true_q"):
+        if key in out and common.rank() == 0:
+            print(f"{key:>7}  " + " ".join(colour(f" {t} {v:+.2f} ", v, scale) for t, v in zip(tokens, out[key])))
+    return out
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    tok = common.load_tokenizer(args.init_from)
+    data = Labelled([args.heldout] if args.show else args.data)
+    device = common.start(args)
+    gvm = common.load_model(args.init_from, trainable=False)
+    if args.show or args.eval_only:
+        common.load_adapter(gvm, args.gvm, "python train_gvm.py")
+        gvm.eval()
+    if args.show:
+        if args.policy and args.policy not in data.by_policy:
+            common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
+        tau = data.tau(args.policy, args.show[0], args.tau_pairs, np.random.default_rng(args.seed))
+        return show(gvm, tok, *args.show, tau, args, device)
+    if args.eval_only:
+        result = evaluate(gvm, tok, data, args, device)
+        common.write_json(os.path.join(args.out, "eval.json"), result)
+        return print(report(result)) if common.rank() == 0 else None
+
+    heldout = Labelled([args.heldout])
+    gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
+    gvm.add_head("gvm")
+    common.print_models({"trunk (frozen) + GVM adapter + head": gvm})
+    if common.rank() == 0:
+        print(data.about)
+    engine = common.engine(gvm, args.lr, args.zero, args.batch_size // args.grad_accum, args.grad_accum)
+    batch = args.batch_size * common.world()                               # rows per optimizer step, all ranks together
+    steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
+    metrics = common.Metrics(args.out, steps, "gvm", ("loss", "q_mean", "q_std"), engine)
+    running = None
+
+    engine.train()
+    for step in range(steps):
+        # 1. batch: every row behind a tau of its own policy, 1 to --tau-pairs pairs
+        index = common.batch_indices(len(data), batch, step, args.seed)
+        rows = [data[i] for i in index]
+        draws = [np.random.default_rng([args.seed, step, i]) for i in index]
+        taus = [data.tau(r["policy"], r["prompt"], int(g.integers(0, args.tau_pairs + 1)) if args.tau_pairs else 0, g) for r, g in zip(rows, draws)]
+        ids, attn, mask = common.frame(*encode(tok, rows, taus, args.max_length), tok.pad_token_id, device)
+        reward = torch.tensor([r["reward"] for r in rows], device=device)
+        states = torch.nn.functional.pad(mask, (1, 0), value=True)         # (B, T+1): the last prompt token counts too
+        n_states = common.all_sum(states.sum())
+
+        # 2. update
+        common.set_lr(engine, args.lr * (1 - step / steps))
+        loss, q = torch.zeros((), device=device), []
+        for ids_m, attn_m, states_m, reward_m in zip(*(x.chunk(args.grad_accum) for x in (ids, attn, states, reward))):
+            q_m = engine(ids_m, attn_m, mask.shape[1], adapter="gvm", head="gvm")
+            micro = gvm_loss(q_m, reward_m, states_m, args) / n_states
+            engine.backward(micro * args.grad_accum * common.world())      # DeepSpeed divides by both
+            engine.step()
+            loss += micro.detach()
+            q.append(q_m.detach())
+
+        # 3. running moments of Q over response tokens, for dvpo.py; log
+        moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
+        running = moments if running is None else 0.99 * running + 0.01 * moments
+        metrics.log(step, loss=loss * common.world(), q_mean=moments[0], q_std=moments[1], tokens=common.all_sum(mask.sum()))
+    metrics.close()
+
+    # 4. save, measure
+    engine.eval()
+    common.save_adapter(gvm, "gvm", os.path.join(args.out, "model"), q_mean=running[0].item(), q_std=running[1].item(),
+                        tau_pairs=args.tau_pairs, max_length=args.max_length, init_from=args.init_from)
+    result = evaluate(engine, tok, heldout, args, device)
+    common.write_json(os.path.join(args.out, "eval.json"), result)
+    if common.rank() == 0:
+        print(report(result) + f"\nwrote {args.out}/model")
+
+
+if __name__ == "__main__":
+    main()
+    common.finish()
