@@ -55,15 +55,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 PAPER = {
     "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024),
-    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, lora_rank=8, lora_dropout=0.1),
-    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_dropout=0.1),
+    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
+    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, max_new_tokens=1024,
                max_prompt_length=512, max_steps=1000, kl_target=6.0, save_every=100, advantage="delta"),
 }
 TINY = {
-    "sft": dict(lr=4e-3, batch_size=32, epochs=8, max_new_tokens=32),
-    "gvm": dict(lr=5e-3, batch_size=64, epochs=8, max_length=256, tau_pairs=2, lora_rank=32, lora_dropout=0.0),
-    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=6, lora_rank=32, lora_dropout=0.0),
+    "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_new_tokens=32),
+    "gvm": dict(lr=5e-3, batch_size=64, epochs=8, max_length=256, tau_pairs=2, lora_rank=64, lora_alpha=64, lora_dropout=0.0),
+    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=6, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
     "rl": dict(lr=1e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=80),
 }
 PRESETS = {

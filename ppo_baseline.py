@@ -68,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--rm-max-steps", type=int, default=None, help="reward model: stop after so many steps, whatever --rm-epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length, help="reward model: tokens of prompt + response")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="reward model: rank of the adapter (paper 8)")
-    p.add_argument("--lora-alpha", type=float, default=32, help="reward model: the adapter is scaled by alpha / rank (paper 32)")
+    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="reward model: the adapter is scaled by alpha / rank (paper 32)")
     p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="reward model: dropout before the adapter (paper 0.1)")
     return common.parse(p, argv)
 

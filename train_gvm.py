@@ -58,7 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
     p.add_argument("--tau-pairs", type=int, default=d.tau_pairs, help="most question-answer pairs in tau; 0: no tau (paper: not given)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
-    p.add_argument("--lora-alpha", type=float, default=32, help="the adapter is scaled by alpha / rank (paper 32)")
+    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="the adapter is scaled by alpha / rank (paper 32)")
     p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="dropout before the adapter, in training (paper 0.1)")
     p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> true value, to measure against")
     p.add_argument("--eval-only", action="store_true", help="do not train; measure --gvm on --data")

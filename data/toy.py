@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-NOUNS = "soup staff room pasta wine music view bread menu garden coffee fish".split()
-POSITIVE = "great lovely friendly warm fresh superb kind tasty fair bright calm neat".split()
-NEGATIVE = "awful rude bland cold slow stale dirty dull sour grim loud shabby".split()
+NOUNS = "soup staff room pasta wine music".split()
+POSITIVE = "great lovely friendly warm fresh superb kind tasty fair bright calm neat pretty rich".split()
+NEGATIVE = "awful rude bland cold slow stale dirty dull sour grim loud shabby greasy sad".split()
 INTENSIFIERS = "very so rather".split()
 OPENERS = "well honestly overall".split()
 WORDS = NOUNS + POSITIVE + NEGATIVE + INTENSIFIERS + OPENERS + "review the and was not , .".split()
@@ -59,7 +59,6 @@ POLICIES = {
 }
 
 
-SIN = float(os.environ.get("SIN", "0.1"))
 SFT_MIX = {"expert": 0.2, "good": 0.2, "average": 0.4, "clumsy": 0.1, "poor": 0.1}
 
 
@@ -266,16 +265,15 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_poli
     # from random positions they would have to learn every place that a tau can shift the prompt to.
     d = model.config.n_embd
     angle = torch.arange(256)[:, None] / 10_000 ** (torch.arange(0, d, 2) / d)
-    model.transformer.wpe.weight.data = SIN * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+    model.transformer.wpe.weight.data = 0.3 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
     model.save_pretrained(os.path.join(out, "model"))
     rng = np.random.default_rng(seed)
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(NOUNS, 2)]
     rng.shuffle(prompts)
-    for part, mine, n_sft, n in (("", prompts[20:], sft_rows, rows_per_policy),
-                                 ("_heldout", prompts[:20], sft_rows // 10, heldout_rows_per_policy)):
+    for part, n_sft, n in (("", sft_rows, rows_per_policy), ("_heldout", sft_rows // 10, heldout_rows_per_policy)):
         def draw(policy):
             """Labelled responses of one policy, the prompts in turn, without end."""
-            for prompt in itertools.cycle(str(p) for p in rng.permutation(mine)):
+            for prompt in itertools.cycle(str(p) for p in rng.permutation(prompts)):
                 text = sample(prompt, policy, rng)
                 yield {"prompt": prompt, "response": text, "reward": gold_reward(prompt, text), "policy": policy}
 
@@ -285,7 +283,7 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_poli
         for policy, share in SFT_MIX.items():
             turns = draw(policy)
             for row in itertools.islice(turns, round(share * n_sft)):
-                said = [m for r in itertools.islice(turns, int(rng.choice([0, 0, 0, 1, 2, 3]))) for m in (
+                said = [m for r in itertools.islice(turns, int(rng.choice([0, 1, 1, 2, 2]))) for m in (
                     {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]})]
                 sft.append({"prompt": said + [{"role": "user", "content": row["prompt"]}] if said else row["prompt"], "response": row["response"]})
         rng.shuffle(sft)
@@ -304,7 +302,7 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_poli
         write_jsonl(os.path.join(out, f"sft{part}.jsonl"), sft)
         write_jsonl(os.path.join(out, f"gvm{part}.jsonl"), rows)
         write_jsonl(os.path.join(out, f"pairs{part}.jsonl"), pairs)
-        write_jsonl(os.path.join(out, f"prompts{part}.jsonl"), [{"prompt": p} for p in mine])
+        write_jsonl(os.path.join(out, f"prompts{part}.jsonl"), [{"prompt": p} for p in prompts])
 
 
 def main(argv=None):

@@ -1,0 +1,24 @@
+# make demo: everything, from nothing to the table and the figures, on a CPU.   make test: the tests.
+PY = .venv/bin/python
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+install: .venv/ready
+
+demo: .venv/ready
+	$(PY) data/toy.py
+	$(PY) sft.py
+	$(PY) train_gvm.py
+	$(PY) dvpo.py
+	$(PY) ppo_baseline.py
+	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
+	$(PY) tools/report.py
+	$(PY) tools/plot.py
+
+test: .venv/ready
+	$(PY) test_smoke.py
+
+.PHONY: install demo test

@@ -1,0 +1,450 @@
+"""`python test_smoke.py` or `pytest test_smoke.py`: the whole project on a tiny GPT-2, on a CPU, with no network.
+
+Numbers are worked by hand or by a slow second implementation beside the test; nothing here needs more than torch, transformers,
+deepspeed and numpy.
+"""
+import contextlib
+import glob
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import sft
+import train_gvm
+from data import toy
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TMP = tempfile.mkdtemp(prefix="dvpo_test_")
+PROMPT = "review the soup and the staff ."
+
+
+def close(a, b, tol=1e-6):
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    assert a.shape == b.shape and (a - b).abs().max() <= tol, (a, b)
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    from transformers import GPT2LMHeadModel
+
+    return common.LM(GPT2LMHeadModel(toy.model_config(toy.tokenizer()))).eval()
+
+
+def tiny_llama(seed=0):
+    torch.manual_seed(seed)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=len(toy.tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return common.LM(LlamaForCausalLM(config)).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses, by hand
+
+
+def test_td_targets_by_hand():
+    q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()                      # ragged
+    score = torch.tensor([1.0, -1.0])
+    close(train_gvm.td_targets(q, score, mask, 1.0, 0.0), [[0.2, 0.3, 0.4, 1.0], [2.0, -1.0, 0, 0]])
+    close(train_gvm.td_targets(q, score, mask, 1.0, 1.0), [[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 0, 0]])
+    close(train_gvm.td_targets(q, score, mask, 0.9, 1.0), [[0.729, 0.81, 0.9, 1.0], [-0.9, -1.0, 0, 0]])
+    # gamma 0.5, lambda 0.5: G3 = 1; G2 = .5 (.5 x .4 + .5 x 1) = .35; G1 = .5 (.5 x .3 + .5 x .35) = .1625; G0 = .5 (.5 x .2 + .5 x .1625)
+    # second row: G1 = -1; G0 = .5 (.5 x 2 - .5 x 1) = .25
+    close(train_gvm.td_targets(q, score, mask, 0.5, 0.5), [[0.090625, 0.1625, 0.35, 1.0], [0.25, -1.0, 0, 0]])
+
+
+def test_batch_norm_by_hand():
+    x = torch.tensor([[1.0, 3.0, 99.0], [5.0, 7.0, -50.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()                            # mean 4, variance (9 + 1 + 1 + 9) / 4 = 5
+    s = math.sqrt(5)
+    close(train_gvm.batch_norm(x, mask, eps=0.0), [[-3 / s, -1 / s, 0], [1 / s, 3 / s, 0]])
+    close(train_gvm.batch_norm(x, mask, eps=1.0), [[-3 / (s + 1), -1 / (s + 1), 0], [1 / (s + 1), 3 / (s + 1), 0]])
+    one = torch.tensor([[True, False, False], [False, False, False]])
+    close(train_gvm.batch_norm(x, one), torch.zeros(2, 3))                        # a single token is its own mean
+    close(train_gvm.batch_norm(torch.full((2, 3), 7.0), mask), torch.zeros(2, 3))  # constant: no blow-up
+
+
+def test_clipped_ppo_loss_by_hand():
+    ratio, adv, clip = torch.tensor([[1.1, 1.5, 0.5], [1.5, 0.5, 9.0]]), torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, 9.0]]), 0.2
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    # min(r A, clip(r) A): 1.1 (inside), 1.2 (clipped), 0.5 (not clipped: pessimistic), -1.5 (not clipped), -0.8 (clipped); mean 0.1
+    for module in (dvpo, ppo_baseline):
+        loss, stats = module.clipped_ppo_loss(ratio.log().requires_grad_(), torch.zeros(2, 3), adv, mask, clip)
+        close(loss.detach(), -0.1)
+        close(stats["clip_frac"], 0.8)
+        close(stats["ratio"], (1.1 + 1.5 + 0.5 + 1.5 + 0.5) / 5)
+        close(stats["kl_step"], sum(r - 1 - math.log(r) for r in (1.1, 1.5, 0.5, 1.5, 0.5)) / 5)
+    logp = ratio.log().requires_grad_()
+    dvpo.clipped_ppo_loss(logp, torch.zeros(2, 3), adv, mask, clip)[0].backward()
+    close(logp.grad, [[-1.1 / 5, 0, -0.5 / 5], [1.5 / 5, 0, 0]])                  # no gradient beyond the clip on the gaining side
+
+
+def test_gae_by_hand():
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 9.0]]), torch.tensor([[0.5, 0.6, 0.7], [1.0, 1.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    # gamma 1, lambda .95: d2 = .3; d1 = .1 -> .1 + .95 x .3 = .385; d0 = .1 -> .1 + .95 x .385 = .46575
+    adv, returns = ppo_baseline.gae(rewards, values, mask, 1.0, 0.95)
+    close(adv, [[0.46575, 0.385, 0.3], [0.95, 1.0, 0]])
+    close(returns, [[0.96575, 0.985, 1.0], [1.95, 2.0, 0]])
+    close(ppo_baseline.gae(rewards, values, mask, 0.5, 0.0)[0], [[-0.2, -0.25, 0.3], [-0.5, 1.0, 0]])
+
+
+def test_value_and_pairwise_loss_by_hand():
+    v, old, ret = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 1.0]])
+    # first: clipped to 0.7, error max(0, 0.09); second: 1
+    close(ppo_baseline.value_loss(v, old, ret, torch.tensor([[True, True]]), 0.2), 0.5 * (0.09 + 1) / 2)
+    close(ppo_baseline.pairwise_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])), (math.log(1 + math.exp(-1)) + math.log(2)) / 2)
+
+
+def test_advantage_by_hand():
+    q, mask = torch.tensor([[0.0, 1.0, 3.0], [1.0, 1.0, 5.0]]), torch.tensor([[True, True], [True, False]])   # tokens 1, 3 | 1
+    s = math.sqrt(8 / 9)                                                          # mean 5/3
+    close(dvpo.advantage(q, mask, "q", 0.0), [[-2 / 3 / s, 4 / 3 / s], [-2 / 3 / s, 0]])
+    close(dvpo.advantage(q, mask, "q", 2.0), [[-1 / 3, 2 / 3], [-1 / 3, 0]])      # sigma no smaller than the GVM's
+    d = math.sqrt(2 / 3)                                                          # deltas 1, 2 | 0: mean 1
+    close(dvpo.advantage(q, mask, "delta", 0.0), [[0, 1 / d], [-1 / d, 0]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world
+
+
+def test_gold_reward_and_true_q():
+    for response, gold in [("the soup was great . the staff was kind .", 1), ("the soup was not great . the staff was not rude .", 0),
+                           ("well , the staff was so warm . the soup was fresh .", 1), ("the soup was great . the soup was great . the staff was kind .", 0),
+                           ("the soup was great . the staff was kind", 0), ("", -1), ("soup staff great .", -1), ("the wine was great . the the staff was kind .", -1)]:
+        assert toy.gold_reward(PROMPT, response) == gold, response
+    assert toy.true_q(PROMPT, "the soup was great . the staff was rude . <eos>", "expert") == 0
+    rng = np.random.default_rng(0)
+    for policy in toy.POLICIES:                                                   # exact value against a Monte-Carlo mean, 4 standard errors
+        draws = [toy.gold_reward(PROMPT, toy.sample(PROMPT, policy, rng)) for _ in range(800)]
+        assert abs(np.mean(draws) - toy.true_q(PROMPT, "", policy)) < 4 * np.std(draws) / math.sqrt(len(draws)), policy
+    # one step of Bellman by hand: V(state) is the mean of Q over what the policy says next
+    for prefix in ("", "the soup was", "the soup was not"):
+        state = toy.read(PROMPT, prefix)[0]
+        mean = sum(p * toy.true_q(PROMPT, f"{prefix} {prefix.split()[-1] if w == toy.STUTTER else w}", "good")
+                   for w, p in toy.next_words(state, toy.POLICIES["good"], ["soup", "staff"]).items())
+        assert abs(mean - toy.true_q(PROMPT, prefix, "good")) < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frame
+
+
+def example_frame(tok, pad_left=0):
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+    responses = [common.encode_response(tok, r) for r in ("the soup was great . the staff was rude .", "the wine was cold .")]
+    ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id)
+    F = torch.nn.functional
+    return prompts, responses, F.pad(ids, (pad_left, 0), value=tok.pad_token_id), F.pad(attn, (pad_left, 0)), mask
+
+
+def test_frame_positions_against_a_slow_loop():
+    tok = toy.tokenizer()
+    for model in (tiny_gpt2(), tiny_llama()):
+        model.add_head("v")
+        torch.nn.init.normal_(model.heads["v"].weight)
+        prompts, responses, ids, attn, mask = example_frame(tok)
+        with torch.no_grad():
+            logp, value = model(ids, attn, mask.shape[1], temperature=0.7), model(ids, attn, mask.shape[1], head="v")
+            for b, (p, r) in enumerate(zip(prompts, responses)):
+                for t in range(len(r)):
+                    before = torch.tensor([p + r[:t]])                            # logp[t] is read before a_t ...
+                    want = (model.lm(before).logits[0, -1] / 0.7).log_softmax(-1)[r[t]]
+                    close(logp[b, t], want, 1e-5)
+                    after = torch.tensor([p + r[:t + 1]])                         # ... and Q[t] after it
+                    hidden = model.lm.base_model(after).last_hidden_state[0, -1]
+                    close(value[b, t + 1], model.heads["v"](hidden)[0], 1e-5)
+                close(value[b, 0], model.heads["v"](model.lm.base_model(torch.tensor([p])).last_hidden_state[0, -1])[0], 1e-5)
+        assert mask.sum(1).tolist() == [len(r) for r in responses]
+
+
+def test_left_padding_changes_nothing():
+    tok, model = toy.tokenizer(), tiny_gpt2()
+    outs = []
+    for pad_left in (0, 7):
+        _, _, ids, attn, mask = example_frame(tok, pad_left)
+        with torch.no_grad():
+            outs.append(model(ids, attn, mask.shape[1]) * mask)
+    close(outs[0], outs[1], 1e-6)
+
+
+def test_eos_is_trained_although_pad_may_equal_eos():
+    tok = toy.tokenizer()
+    tok.pad_token = tok.eos_token
+    _, responses, ids, attn, mask = example_frame(tok)
+    for b, r in enumerate(responses):
+        assert r[-1] == tok.eos_token_id and mask[b, len(r) - 1] and not mask[b, len(r):].any()
+    model = tiny_gpt2()
+    logp = model(ids, attn, mask.shape[1])
+    logp.retain_grad()
+    sft.sft_loss(logp, mask, mask.sum()).backward()
+    assert (logp.grad[mask] != 0).all() and (logp.grad[~mask] == 0).all()
+
+
+def test_bos_once_and_behind():
+    tok = toy.tokenizer()
+    p = common.encode_prompt(tok, PROMPT)
+    r = common.encode_response(tok, "the soup was great .")
+    ids = common.behind_tau(tok, [(p, r), (p, r)], p, 1000)
+    assert ids.count(tok.bos_token_id) == 1 and ids == p + r + p[1:] + r + p[1:]
+    assert common.behind_tau(tok, [(p, r), (p, r)], p, len(p) + len(r)) == p + r + p[1:]        # what does not fit is left out
+    chat = tok.apply_chat_template([{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "the soup was great ."},
+                                    {"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)
+    assert common.behind_tau(tok, [(p, r)], p, 1000) == list(chat)                 # the same as the template's own conversation
+
+
+def test_chunked_logp_equals_plain():
+    torch.manual_seed(0)
+    h, y, head = torch.randn(2, 9, 8, requires_grad=True), torch.randint(0, 11, (2, 9)), torch.nn.Linear(8, 11)
+    out = common.token_logp(h, y, head, 0.7, chunk=4)
+    want = (head(h) / 0.7).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
+    close(out.detach(), want.detach(), 1e-5)
+    (g,), (g2,) = torch.autograd.grad(out.sum(), h), torch.autograd.grad(want.sum(), h)
+    close(g, g2, 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rollout
+
+
+class Args:
+    temperature, max_new_tokens, batch_size, max_prompt_length = 1.0, 24, 8, 64
+
+
+def test_greedy_rollout_equals_generate():
+    tok, args = toy.tokenizer(), Args()
+    args.temperature = 1e-6                                                       # the token loop, made greedy
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+    for model in (tiny_gpt2(3), tiny_llama(3)):
+        for module in (dvpo, ppo_baseline):
+            ids, attn, mask, ended = module.rollout(model, prompts, tok, args, "cpu")
+            P = ids.shape[1] - mask.shape[1]
+            want = model.lm.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False, max_new_tokens=24,
+                                     pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
+            got = ids.masked_fill(attn == 0, tok.pad_token_id)
+            assert torch.equal(got[:, :want.shape[1]], want), (got, want)
+
+
+def test_rollout_logp_equals_teacher_forced():
+    """The distribution that was sampled from is the one that is scored, token by token."""
+    tok, args, model = toy.tokenizer(), Args(), tiny_gpt2(1)
+    args.temperature = 0.8
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")] * 4
+    torch.manual_seed(0)
+    ids, attn, mask, ended = dvpo.rollout(model, prompts, tok, args, "cpu")
+    P = ids.shape[1] - mask.shape[1]
+    with torch.no_grad():
+        logp = model(ids, attn, mask.shape[1], temperature=0.8)
+        decode = common.Decoder(model, ids[:, :P], attn[:, :P])
+        for t in range(mask.shape[1]):
+            step = (decode.logits / 0.8).log_softmax(-1).gather(1, ids[:, P + t, None]).squeeze(1)
+            close((step * mask[:, t]), (logp[:, t] * mask[:, t]), 1e-4)
+            decode(ids[:, P + t])
+    for b in range(len(prompts)):                                                 # the mask ends with the first eos
+        r = ids[b, P:][mask[b]].tolist()
+        assert tok.eos_token_id not in r[:-1] and bool(ended[b]) == (r[-1] == tok.eos_token_id)
+
+
+def test_sampling_follows_the_distribution():
+    tok, args, model = toy.tokenizer(), Args(), tiny_gpt2(1)
+    args.max_new_tokens = 1
+    p = common.encode_prompt(tok, PROMPT)
+    torch.manual_seed(0)
+    ids, *_ = dvpo.rollout(model, [p] * 4000, tok, args, "cpu")
+    want = model.lm(torch.tensor([p])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(ids[:, -1], minlength=len(tok)) / 4000
+    assert (seen - want).abs().max() < 4 * math.sqrt(0.25 / 4000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def test_lora_off_is_the_base_and_merged_is_on():
+    tok = toy.tokenizer()
+    for model in (tiny_gpt2(), tiny_llama()):
+        _, _, ids, attn, mask = example_frame(tok)
+        T = mask.shape[1]
+        with torch.no_grad():
+            base = model(ids, attn, T)
+            model.add_adapter("a", 4, 8)
+            model.add_adapter("b", 2, 8)
+            n = sum(isinstance(m, common.LoRA) for m in model.modules())
+            assert n == (8 if "gpt2" in type(model.lm).__name__.lower() else 14)   # every projection of two blocks
+            assert torch.equal(model(ids, attn, T), base)                         # off: bit for bit
+            assert torch.equal(model(ids, attn, T, adapter="a"), base)            # B is zero at first
+            for layer in model.lora_layers():
+                torch.nn.init.normal_(layer.B["a"].weight, std=0.3)
+            on = model(ids, attn, T, adapter="a")
+            assert (on - base).abs().max() > 1e-3
+            assert torch.equal(model(ids, attn, T, adapter="b"), base) and torch.equal(model(ids, attn, T), base)
+            plain = type(model.lm)(model.lm.config).eval()
+            plain.load_state_dict(model.merged_state_dict("a"))
+            close(common.LM(plain)(ids, attn, T), on, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages, chained as a user would, on a world of their own
+
+
+def run(module, *argv):
+    """A stage's main(argv) without its output; returns the metrics it wrote."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        module.main([str(a) for a in argv])
+    out = argv[argv.index("--out") + 1]
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def path(*parts):
+    return os.path.join(TMP, *parts)
+
+
+def world():
+    """Data, SFT model, GVM, reward model: made once, in about a minute."""
+    if os.path.exists(path("ready")):
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        toy.make(path("toy"), heldout_rows_per_policy=60)
+    run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_heldout.jsonl"), "--out", path("sft"), "--max-steps", 350)
+    run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 300, "--tau-pairs", 1)
+    open(path("ready"), "w").close()
+
+
+GVM = ("--init-from", path("sft/model"), "--data", path("toy/gvm.jsonl"), "--heldout", path("toy/gvm_heldout.jsonl"))
+RL = ("--init-from", path("sft/model"), "--data", path("toy/prompts.jsonl"), "--heldout", path("toy/prompts_heldout.jsonl"))
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return {k: v for f in sorted(glob.glob(os.path.join(folder, "*.safetensors"))) for k, v in load_file(f).items()}
+
+
+def test_chain_and_learning():
+    """SFT -> GVM -> DVPO through main(argv): tau matters, the first ratio is 1, nothing frozen moves, the gold reward rises."""
+    world()
+    result = json.load(open(path("gvm/eval.json")))
+    assert result["policies"]["expert"]["v0"] > result["policies"]["poor"]["v0"] + 0.3, result["policies"]        # tau matters
+    assert result["accuracy"]["mean"] > 0.75 and result["true_q"]["correlation"] > 0.55, result
+    before = weights(path("gvm/model")), weights(path("sft/model"))
+    rows = run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("dvpo"), "--max-steps", 25, "--lr", 3e-4)
+    for old, new in zip(before, (weights(path("gvm/model")), weights(path("sft/model")))):
+        assert all(torch.equal(old[k], new[k]) for k in old)
+    assert all(r["ratio_first"] == 1.0 for r in rows)
+    assert [r["step"] for r in rows] == list(range(25))
+    need = "step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate sec_score sec_train tokens peak_bytes".split()
+    assert not set(need) - set(rows[0])
+    first, last = np.mean([r["gold"] for r in rows[:5]]), np.mean([r["gold"] for r in rows[-5:]])
+    assert last > first + 0.1, (first, last)
+    assert any(not torch.equal(v, before[1][k]) for k, v in weights(path("dvpo/model")).items())
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(path("dvpo/model"))                      # a plain transformers folder
+
+
+def test_frozen_models_and_lora_policy():
+    """--lora: one model in memory; the trunk under the adapter does not move, and the saved policy is the merged one."""
+    world()
+    rows = run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("lora"), "--max-steps", 3, "--lora", "--lr", 1e-3)
+    assert all(r["ratio_first"] == 1.0 for r in rows)
+    assert rows[0]["kl"] == 0.0                                                   # the adapter starts at the reference, bit for bit
+    assert weights(path("lora/model")).keys() == weights(path("sft/model")).keys()
+
+
+def test_ppo_chain():
+    world()
+    rows = run(ppo_baseline, *RL, "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_heldout.jsonl"), "--rm", path("rm/model"),
+               "--rm-max-steps", 150, "--out", path("ppo"), "--max-steps", 4)
+    assert all(r["ratio_first"] == 1.0 for r in rows) and rows[0]["kl"] == 0.0
+    assert json.load(open(path("rm/model/adapter.json")))["accuracy"] > 0.75
+    rows = run(ppo_baseline, *RL, "--reward", os.path.join(HERE, "data/toy.py:gold_reward"), "--out", path("ppo_fn"), "--max-steps", 25, "--lr", 3e-4)
+    assert np.mean([r["gold"] for r in rows[-5:]]) > np.mean([r["gold"] for r in rows[:5]]) + 0.1
+    assert abs(rows[0]["score"] - rows[0]["gold"]) < 1e-6                         # the function replaces the reward model
+
+
+def test_eval_only_and_show():
+    world()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train_gvm.main([*GVM[:2], "--eval-only", "--data", path("toy/gvm_heldout.jsonl"), "--gvm", path("gvm/model"), "--out", path("eval")])
+        shown = train_gvm.main([*GVM, "--gvm", path("gvm/model"), "--show", PROMPT, "the soup was great .", "--policy", "good", "--out", path("eval")])
+    assert json.load(open(path("eval/eval.json")))["pairs"] > 100 and "accuracy over" in out.getvalue()
+    assert len(shown["q"]) == len(shown["true_q"]) == 7 and shown["tokens"][1:] == "the soup was great . <eos>".split()
+
+
+def test_table4_by_hand():
+    rows = [dict(prompt="a", reward=1.0), dict(prompt="a", reward=0.0), dict(prompt="a", reward=0.5), dict(prompt="b", reward=0.0)]
+    q = [np.array([9.0, 1, 1, 4]), np.array([0.0, 2, 2, 2]), np.array([0.0, 1, 1, 1]), np.array([0.0, 5])]
+    accuracy, pairs = train_gvm.table4(rows, [(None, v) for v in q], 0.0)         # the entry of V(s_0) does not count
+    assert pairs == 3                                                             # means 2, 2, 1: a tie, a win, a loss
+    close(accuracy["mean"], 0.5), close(accuracy["last"], 2 / 3)
+    assert train_gvm.table4(rows, [(None, v) for v in q], 0.6)[1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From outside
+
+
+def script(*argv, env=None, timeout=300):
+    return subprocess.run(argv, cwd=HERE, env=dict(os.environ, **(env or {})), capture_output=True, text=True, timeout=timeout)
+
+
+def test_missing_input_is_one_line():
+    for argv, word in (["dvpo.py", "--init-from", path("none/sft/model"), "--data", path("toy/prompts.jsonl"), "--heldout", path("toy/prompts.jsonl")], "sft"), \
+            (["dvpo.py", "--init-from", path("sft/model"), "--gvm", path("none/gvm/model"), *RL[2:]], "train_gvm.py"), \
+            (["sft.py", "--data", path("nothing.jsonl")], "toy.py"), (["dvpo.py", "--batch-size", "7"], "--batch-size"):
+        world()
+        done = script(sys.executable, *argv, "--out", path("x"))
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], done.stderr
+
+
+def test_two_ranks_by_torchrun():
+    world()
+    done = script(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+                  "dvpo.py", *RL, "--gvm", path("gvm/model"), "--out", path("two"), "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16",
+                  env=dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in open(path("two/metrics.jsonl"))]
+    assert len(rows) == 2 and rows[0]["ratio_first"] == 1.0
+
+
+def test_help_teaches():
+    for stage in ("sft.py", "train_gvm.py", "dvpo.py", "ppo_baseline.py"):
+        text = script(sys.executable, stage, "--help").stdout
+        assert "2502.16944" in text and "paper" in text and "(default: " in text
+
+
+if __name__ == "__main__":
+    import time
+
+    passed = failed = 0
+    begin = time.time()
+    for name, test in list(globals().items()):
+        if name.startswith("test_"):
+            start = time.time()
+            try:
+                test()
+                passed += 1
+                print(f"{name:<52} ok {time.time() - start:6.1f} s", flush=True)
+            except Exception:
+                import traceback
+
+                failed += 1
+                print(f"{name:<52} FAILED\n{traceback.format_exc()}", flush=True)
+    common.finish()
+    print(f"{time.time() - begin:.0f} s\n{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
