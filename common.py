@@ -58,13 +58,13 @@ PAPER = {
     "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, max_new_tokens=1024,
-               max_prompt_length=512, max_steps=1000, kl_target=6.0, save_every=100, advantage="delta"),
+               max_prompt_length=512, max_steps=1000, kl_coef=0.2, kl_target=6.0, save_every=100, advantage="delta"),
 }
 TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_new_tokens=32),
     "gvm": dict(lr=5e-3, batch_size=64, epochs=8, max_length=256, tau_pairs=2, lora_rank=64, lora_alpha=64, lora_dropout=0.0),
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=6, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
-    "rl": dict(lr=1e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=80),
+    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=100, kl_coef=0.05),
 }
 PRESETS = {
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
@@ -424,14 +424,18 @@ def load_adapter(model, folder, made_by):
     return meta
 
 
-def print_models(models):
-    """Table of what the stage holds: models {role: module}."""
+def print_models(models, out):
+    """Table of what the stage holds, models {role: module}; also in out/models.json."""
+    sizes = {}
+    for role, m in models.items():
+        ps = list(m.parameters())
+        sizes[role] = dict(parameters=sum(p.numel() for p in ps), trainable=sum(p.numel() for p in ps if p.requires_grad),
+                           bytes=sum(p.numel() * p.element_size() for p in ps))
     if rank() == 0:
         print(f"{'model':<34}{'parameters':>14}{'trainable':>14}{'MB':>10}")
-        for role, m in models.items():
-            ps = list(m.parameters())
-            print(f"{role:<34}{sum(p.numel() for p in ps):>14,}{sum(p.numel() for p in ps if p.requires_grad):>14,}"
-                  f"{sum(p.numel() * p.element_size() for p in ps) / 2**20:>10.1f}")
+        for role, n in sizes.items():
+            print(f"{role:<34}{n['parameters']:>14,}{n['trainable']:>14,}{n['bytes'] / 2**20:>10.1f}")
+    write_json(os.path.join(out, "models.json"), sizes)
 
 
 def engine(model, lr, zero, rows, accum=1):
@@ -478,7 +482,12 @@ def load_tokenizer(path):
 
 def encode_prompt(tok, prompt):
     """Prompt (a string, or a list of {role, content}) -> ids up to where the response begins; bos at most once."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return list(prompt_ids(tok, prompt if isinstance(prompt, str) else json.dumps(prompt), isinstance(prompt, str)))
+
+
+@functools.lru_cache(1 << 14)                           # prompts come back: as pairs, as tau, in every epoch
+def prompt_ids(tok, prompt, is_text):
+    messages = [{"role": "user", "content": prompt}] if is_text else json.loads(prompt)
     if tok.chat_template:
         ids = list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     else:

@@ -17,7 +17,8 @@ off) and as GVM (adapter on), and trains one. The diff with ppo_baseline.py is t
 Deviations from the paper
 1. Q~ is centred on the rollout batch, but its sigma never falls below the GVM's own of the training stage: once most responses
    are good, dividing by the shrinking sigma of the batch blows the GVM's errors up to full-size advantages.
-2. --advantage delta takes A_t from Q_t - Q_{t-1}, with Q_{-1} = V(s_0): Q minus the value of the state.
+2. The default, --advantage delta, takes A_t from Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the textbook
+   advantage, which a frozen Q over deterministic transitions gives for free. --advantage q is the paper's A = Q~.
 3. The KL penalty is in A_t and its coefficient adapts to --kl-target (Ziegler et al., arXiv 1909.08593); the paper's "target KL
    0.1" is, as in its authors' code, the early stop of the inner epochs.
 4. Batch sizes are per GPU, see sft.py.
@@ -55,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--tau-pairs", type=int, default=None, help="question-answer pairs in tau (default: as the GVM was trained)")
     p.add_argument("--advantage", choices=("q", "delta"), default=d.advantage, help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]")
     p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
-    p.add_argument("--kl-coef", type=float, default=0.2, help="first coefficient of the KL penalty (paper 0.2)")
+    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="first coefficient of the KL penalty (paper 0.2)")
     p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
     p.add_argument("--kl-stop", type=float, default=0.1, help="inner epochs end once KL(old, new) per token passes 1.5 times this (paper 0.1)")
     p.add_argument("--lora", action="store_true", help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
@@ -117,7 +118,7 @@ def main(argv=None):
     model, adapter = (trunk, "policy") if args.lora else (common.load_model(args.init_from), None)
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
-    common.print_models({"policy, reference, GVM": model} if args.lora else {"policy": model, "reference, GVM": trunk})
+    common.print_models({"policy, reference, GVM": model} if args.lora else {"policy": model, "reference, GVM": trunk}, args.out)
     policy = common.engine(model, args.lr, args.zero, args.mini_batch_size, args.grad_accum)
     trunk = policy if args.lora else trunk.eval()
 

@@ -63,22 +63,40 @@ def heldout_loss(policy, tok, rows, args, device):
     """Mean cross-entropy per response token over the held-out rows, every rank a share."""
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
     step = args.batch_size * common.world()
-    for i in range(0, len(rows) - step + 1, step):           # whole batches only: every rank runs as many forwards
-        mine = range(i + common.rank(), i + step, common.world())
-        ids, attn, mask = common.frame(*encode(tok, [rows[j] for j in mine], args.max_length), tok.pad_token_id, device)
+    for i in range(0, len(rows), step):
+        mine = range(i + common.rank(), i + step, common.world())     # every rank, equally many forwards; what lies beyond the end counts 0
+        ids, attn, mask = common.frame(*encode(tok, [rows[j % len(rows)] for j in mine], args.max_length), tok.pad_token_id, device)
+        mask = mask & torch.tensor([j < len(rows) for j in mine], device=device)[:, None]
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
     return (common.all_sum(total) / common.all_sum(count).clamp(min=1)).item()
+
+
+@torch.no_grad()
+def sample_gold(model, tok, rows, reward, args, device, n=256):
+    """Mean reward of about n sampled answers to the held-out prompts, this rank's share."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=args.max_new_tokens,      # the bare distribution,
+                             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)                     # whatever the model's own config says
+    scores = []
+    for i in range(-(-n // (args.batch_size * common.world()))):
+        prompts = [rows[(i * args.batch_size * common.world() + j * common.world() + common.rank()) % len(rows)]["prompt"] for j in range(args.batch_size)]
+        ids, attn, _ = common.frame([common.encode_prompt(tok, p) for p in prompts], [[] for _ in prompts], tok.pad_token_id, device)
+        said = model.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
+        scores += [reward(p, tok.decode(s, skip_special_tokens=True)) for p, s in zip(prompts, said)]
+    return sum(scores) / len(scores)
 
 
 def main(argv=None):
     args = parse_args(argv)
     train = common.Rows(args.data, ["prompt", "response"])
     heldout = common.Rows(args.heldout, ["prompt", "response"])
+    reward = common.load_function(args.reward)
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
     model = common.load_model(args.init_from)
-    common.print_models({"policy": model})
+    common.print_models({"policy": model}, args.out)
     policy = common.engine(model, args.lr, args.zero, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                 # rows per optimizer step, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
@@ -108,10 +126,13 @@ def main(argv=None):
     # 4. held-out loss, save
     policy.eval()
     summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
+    if reward:
+        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(model, tok, heldout, reward, args, device)))["gold"]
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.write_json(os.path.join(args.out, "summary.json"), summary)
     if common.rank() == 0:
-        print(f"held-out loss {summary['heldout_loss']:.4f} nats a token; wrote {args.out}/model")
+        print(f"held-out loss {summary['heldout_loss']:.4f} nats a token" + (f", gold reward of samples {summary['gold']:.3f}" if reward else "")
+              + f"; wrote {args.out}/model")
 
 
 if __name__ == "__main__":

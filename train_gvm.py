@@ -14,8 +14,7 @@ same template. Objective, eq. (1) with lambda = 0 (equation numbers are those of
 Q is also trained at the last prompt token, t = -1, towards gamma G_0: that is V(s_0), what this policy will get on this prompt.
 
 Deviations from the paper
-1. TD(lambda) with lambda 0.95 for its lambda = 0: one-step targets carry the reward back one token an update, and the policy
-   trained on such a GVM is unstable (DESIGN_NOTE).
+1. TD(lambda) with lambda 0.95; the paper's lambda = 0 carries the reward back by one token an update (--td-lambda 0).
 2. Batch norm, eq. (2), is a flag and off: a Q measured in rewards can be checked against the truth. Its running mean and sigma
    are kept in the checkpoint either way; dvpo.py normalises the advantage with them.
 3. A linear decay of the learning rate, which the paper does not mention.
@@ -56,7 +55,7 @@ def parse_args(argv=None):
     p.add_argument("--td-lambda", type=float, default=0.95, help="0: one-step TD, eq. (1) to the letter; 1: the reward itself is every token's target (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
-    p.add_argument("--tau-pairs", type=int, default=d.tau_pairs, help="most question-answer pairs in tau; 0: no tau (paper: not given)")
+    p.add_argument("--tau-pairs", type=int, default=None, help=f"most question-answer pairs in tau; 0: no tau (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="the adapter is scaled by alpha / rank (paper 32)")
     p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="dropout before the adapter, in training (paper 0.1)")
@@ -65,7 +64,10 @@ def parse_args(argv=None):
     p.add_argument("--min-gap", type=float, default=0.0, help="table 4 counts pairs whose rewards differ by more than this")
     p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="do not train; print each token coloured by its value")
     p.add_argument("--policy", default=None, help="--show: whose rows in --heldout give tau (default: no tau)")
-    return common.parse(p, argv)
+    args = common.parse(p, argv)
+    if args.tau_pairs is None and not (args.eval_only or args.show):
+        args.tau_pairs = d.tau_pairs
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +247,7 @@ def show(gvm, tok, prompt, response, tau, args, device):
     for key in ("q", "true_q"):
         if key in out and common.rank() == 0:
             print(f"{key:>7}  " + " ".join(colour(f" {t} {v:+.2f} ", v, scale) for t, v in zip(tokens, out[key])))
+    common.write_json(os.path.join(args.out, "show.json"), out)
     return out
 
 
@@ -255,7 +258,8 @@ def main(argv=None):
     device = common.start(args)
     gvm = common.load_model(args.init_from, trainable=False)
     if args.show or args.eval_only:
-        common.load_adapter(gvm, args.gvm, "python train_gvm.py")
+        meta = common.load_adapter(gvm, args.gvm, "python train_gvm.py")
+        args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
         gvm.eval()
     if args.show:
         if args.policy and args.policy not in data.by_policy:
@@ -270,7 +274,7 @@ def main(argv=None):
     heldout = Labelled([args.heldout])
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm")
-    common.print_models({"trunk (frozen) + GVM adapter + head": gvm})
+    common.print_models({"trunk (frozen) + GVM adapter + head": gvm}, args.out)
     if common.rank() == 0:
         print(data.about)
     engine = common.engine(gvm, args.lr, args.zero, args.batch_size // args.grad_accum, args.grad_accum)

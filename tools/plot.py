@@ -1,0 +1,79 @@
+"""The figures, from what the stages wrote. Needs matplotlib, which nothing else does.
+
+    python tools/plot.py [--out out/tiny]           writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
+    python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] --to FILE.png      several seeds: mean and band
+"""
+import argparse
+import json
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def read(folder):
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def curves(runs, path, window=5):
+    """Gold reward, value and KL against steps and seconds: runs {name: [folder, ...]}; band: smallest to largest seed."""
+    fig, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    smooth = lambda x: np.convolve(np.pad(x, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
+    for (name, folders), colour in zip(runs.items(), ("tab:blue", "tab:orange", "tab:green")):
+        seeds = [read(f) for f in folders]
+        n = min(map(len, seeds))
+        for row, x_key in enumerate(("step", "seconds")):
+            x = np.mean([[r[x_key] for r in s[:n]] for s in seeds], 0)
+            for ax, key, label in zip(axes[row], ("gold", "q_mean", "kl"), ("gold reward", "mean value (Q of the GVM; V of the critic)", "KL to SFT, nats a response")):
+                if key not in seeds[0][0]:
+                    continue
+                y = np.array([smooth([r[key] for r in s[:n]]) for s in seeds])
+                ax.plot(x, y.mean(0), color=colour, label=f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+                ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
+                ax.set(xlabel=x_key + "s" * (x_key == "step"), title=label)
+                ax.grid(alpha=0.3)
+    axes[0, 0].legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    print(path)
+
+
+def heatmap(shown, path):
+    """Figure 4: one response's token values, the true ones underneath."""
+    rows = [(k, label) for k, label in (("q", "GVM"), ("true_q", "truth")) if k in shown]
+    values = np.array([shown[k] for k, _ in rows])
+    fig, ax = plt.subplots(figsize=(0.75 * values.shape[1] + 1.5, 0.8 * len(rows) + 1.4))
+    scale = max(1e-6, np.abs(values).max())
+    ax.imshow(values, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
+    for i, j in np.ndindex(*values.shape):
+        ax.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+    plain = lambda text: text.replace("$", r"\$")                            # no mathtext from other people's text
+    ax.set_xticks(range(values.shape[1]), [plain(t) for t in shown["tokens"]], rotation=40, ha="right")
+    ax.set_yticks(range(len(rows)), [label for _, label in rows])
+    ax.set_title(plain(shown["prompt"] if isinstance(shown["prompt"], str) else shown["prompt"][-1]["content"]), fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    print(path)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", default="out/tiny", help="folder with the stages' output (default: out/tiny)")
+    p.add_argument("--dvpo", nargs="+", help="run folders of dvpo.py, one a seed (default: OUT/dvpo)")
+    p.add_argument("--ppo", nargs="+", help="run folders of ppo_baseline.py, one a seed (default: OUT/ppo)")
+    p.add_argument("--to", help="file to write (default: OUT/curves.png)")
+    args = p.parse_args(argv)
+    runs = dict(DVPO=args.dvpo or [os.path.join(args.out, "dvpo")], PPO=args.ppo or [os.path.join(args.out, "ppo")])
+    curves({k: v for k, v in runs.items() if os.path.exists(os.path.join(v[0], "metrics.jsonl"))}, args.to or os.path.join(args.out, "curves.png"))
+    shown = os.path.join(args.out, "gvm", "show.json")
+    if os.path.exists(shown) and not args.to:
+        with open(shown) as f:
+            heatmap(json.load(f), os.path.join(args.out, "heatmap.png"))
+
+
+if __name__ == "__main__":
+    main()

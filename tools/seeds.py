@@ -1,0 +1,111 @@
+"""Several seeds of the whole chain on the review world, two processes at a time: SFT -> GVM -> DVPO, and reward model -> PPO.
+
+    python data/toy.py && python tools/seeds.py             five seeds; about half an hour on two cores
+    python tools/seeds.py --tune                            lr x kl_coef for DVPO and PPO alike, on seed 1
+    python tools/seeds.py --report                          only the tables, from runs that are there
+
+Writes out/seeds/SEED/..., then results/toy.json and results/toy.md. RL runs go half as long again as the default, to see whether
+the reward falls; "final" is the mean over the last tenth, "best" the highest mean over a window of that length.
+"""
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+
+STEPS = 150
+LRS, KL_COEFS = (1e-4, 3e-4), (0.05, 0.2)
+
+
+def stage(script, out, *argv):
+    """Run one stage unless it has finished before; its output goes to OUT.log."""
+    if not os.path.exists(os.path.join(out, "done")):
+        os.makedirs(out, exist_ok=True)
+        with open(out + ".log", "w") as log:
+            subprocess.run([sys.executable, script, "--out", out, *map(str, argv)], stdout=log, stderr=log, check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        open(os.path.join(out, "done"), "w").close()
+
+
+def chain(seed):
+    root = f"out/seeds/{seed}"
+    stage("sft.py", f"{root}/sft", "--seed", seed)
+    stage("train_gvm.py", f"{root}/gvm", "--seed", seed, "--init-from", f"{root}/sft/model")
+    stage("dvpo.py", f"{root}/dvpo", "--seed", seed, "--init-from", f"{root}/sft/model", "--gvm", f"{root}/gvm/model", "--max-steps", STEPS)
+    stage("ppo_baseline.py", f"{root}/ppo", "--seed", seed, "--init-from", f"{root}/sft/model", "--rm", f"{root}/rm/model", "--max-steps", STEPS)
+
+
+def tuning(job):
+    script, lr, kl_coef = job
+    own = ("--gvm", "out/seeds/1/gvm/model") if script == "dvpo.py" else ("--rm", "out/seeds/1/rm/model")
+    stage(script, f"out/seeds/tune/{script[:-3]}_{lr:g}_{kl_coef:g}", "--seed", 1, "--init-from", "out/seeds/1/sft/model", *own, "--lr", lr, "--kl-coef", kl_coef)
+
+
+def final(folder):
+    """{final, best, kl, held-out gold and KL} of one RL run."""
+    with open(f"{folder}/metrics.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    n = max(1, len(rows) // 10)
+    gold = np.convolve([r["gold"] for r in rows], np.ones(n) / n, "valid")
+    with open(f"{folder}/summary.json") as f:
+        summary = json.load(f)
+    return dict(first=rows[0]["gold"], final=gold[-1], best=gold.max(), kl=np.mean([r["kl"] for r in rows[-n:]]), heldout=summary["gold"], heldout_kl=summary["kl"],
+                seconds=rows[-1]["seconds"], steps=len(rows))
+
+
+def report(seeds):
+    data = dict(machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run, two runs at a time", command="python data/toy.py && python tools/seeds.py && python tools/seeds.py --tune", seeds=[])
+    lines = ["# The review world, several seeds", "", f"Command: `{data['command']}`. Machine: {data['machine']}. Equal data, seeds of training and sampling.", "",
+             "| seed | SFT | DVPO final | best | held-out | KL | PPO final | best | held-out | KL |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for seed in seeds:
+        root = f"out/seeds/{seed}"
+        if not os.path.exists(f"{root}/ppo/done"):
+            continue
+        d, p = final(f"{root}/dvpo"), final(f"{root}/ppo")
+        g, sft = json.load(open(f"{root}/gvm/eval.json")), json.load(open(f"{root}/sft/summary.json"))
+        rm = json.load(open(f"{root}/rm/model/adapter.json"))["accuracy"]
+        data["seeds"].append(dict(seed=seed, sft=sft, dvpo=d, ppo=p, gvm=g, rm_accuracy=rm))
+        lines.append(f"| {seed} | {sft['gold']:.3f} | " + " | ".join(f"{x['final']:.3f} | {x['best']:.3f} | {x['heldout']:.3f} | {x['kl']:.2f}" for x in (d, p)) + " |")
+    rows = data["seeds"]
+    mean = lambda f: float(np.mean([f(r) for r in rows]))
+    data["mean"] = dict(sft=mean(lambda r: r["sft"]["gold"]), **{f"{s}_{k}": mean(lambda r: r[s][k]) for s in ("dvpo", "ppo") for k in ("final", "best", "heldout", "kl")})
+    lines.append("| mean | " + " | ".join(f"{v:.3f}" for v in data["mean"].values()) + " |")
+    lines += ["", "final: mean over the last tenth of the steps; best: highest mean over such a window; KL: nats a response to the SFT model.", "",
+              "## The global value model on held-out rows", "", "| seed | pairs | mean | P1 | P99 | last | correlation with true Q | rms error | V(s_0) ranks all policies | its correlation | RM accuracy |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        g = r["gvm"]
+        lines.append(f"| {r['seed']} | {g['pairs']} | " + " | ".join(f"{g['accuracy'][k]:.3f}" for k in ("mean", "P1", "P99", "last"))
+                     + f" | {g['true_q']['correlation']:.3f} | {g['true_q']['rmse']:.3f} | {g['v0_ranks_all_policies']} | {g['v0_correlation']:.3f} | {r['rm_accuracy']:.3f} |")
+    tuned = [(s, lr, k) for s in ("dvpo", "ppo_baseline") for lr in LRS for k in KL_COEFS if os.path.exists(f"out/seeds/tune/{s}_{lr:g}_{k:g}/done")]
+    if tuned:
+        lines += ["", "## Tuning, seed 1, the same grid for both", "", "| stage | lr | kl_coef | final | best | held-out | KL |", "|---|---|---|---|---|---|---|"]
+        data["tuning"] = [dict(stage=s, lr=lr, kl_coef=k, **final(f"out/seeds/tune/{s}_{lr:g}_{k:g}")) for s, lr, k in tuned]
+        lines += [f"| {t['stage']} | {t['lr']:g} | {t['kl_coef']:g} | {t['final']:.3f} | {t['best']:.3f} | {t['heldout']:.3f} | {t['kl']:.2f} |" for t in data["tuning"]]
+    os.makedirs("results", exist_ok=True)
+    with open("results/toy.json", "w") as f:
+        json.dump(data, f, indent=1)
+    with open("results/toy.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 2 3 4 5)")
+    p.add_argument("--tune", action="store_true", help="run the tuning grid on seed 1, which must have been run before")
+    p.add_argument("--report", action="store_true", help="run nothing")
+    args = p.parse_args(argv)
+    jobs = [(tuning, j) for j in itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS)] if args.tune else [(chain, s) for s in args.seeds]
+    if not args.report:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(f, j) for f, j in jobs]:
+                future.result()
+    report(args.seeds)
+
+
+if __name__ == "__main__":
+    main()
