@@ -27,6 +27,7 @@ def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "sft")
     p.add_argument("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
     p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows {prompt, response} to measure on")
+    p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to sample answers to at the end, for --reward")
     p.add_argument("--init-from", default=d.id, help="transformers folder or hub id to start from")
     p.add_argument("--out", default=f"{d.out}/sft", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
@@ -37,7 +38,7 @@ def parse_args(argv=None):
     p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response; longer responses are cut")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
-    p.add_argument("--reward", default=d.reward, help="FILE.py:function(prompt, response) -> float, scores held-out samples")
+    p.add_argument("--reward", default=d.reward, help="FILE.py:function(prompt, response) -> float, scores samples at the end")
     return common.parse(p, argv)
 
 
@@ -127,7 +128,7 @@ def main(argv=None):
     policy.eval()
     summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
     if reward:
-        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(model, tok, heldout, reward, args, device)))["gold"]
+        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(model, tok, common.Rows(args.prompts, ["prompt"]), reward, args, device)))["gold"]
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.write_json(os.path.join(args.out, "summary.json"), summary)
     if common.rank() == 0:

@@ -155,7 +155,7 @@ def test_frame_positions_against_a_slow_loop():
     tok = toy.tokenizer()
     for model in (tiny_gpt2(), tiny_llama()):
         model.add_head("v")
-        torch.nn.init.normal_(model.heads["v"].weight)
+        torch.nn.init.normal_(model.heads["v"].weight, std=0.1)
         prompts, responses, ids, attn, mask = example_frame(tok)
         with torch.no_grad():
             logp, value = model(ids, attn, mask.shape[1], temperature=0.7), model(ids, attn, mask.shape[1], head="v")
@@ -319,7 +319,7 @@ def world():
         return
     with contextlib.redirect_stdout(io.StringIO()):
         toy.make(path("toy"), heldout_rows_per_policy=60)
-    run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_heldout.jsonl"), "--out", path("sft"), "--max-steps", 350)
+    run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"), "--max-steps", 350)
     run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 300, "--tau-pairs", 1)
     open(path("ready"), "w").close()
 

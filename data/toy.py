@@ -107,7 +107,8 @@ def reward_of(state):
 
 
 def requested(prompt):
-    """The two nouns that a prompt asks for."""
+    """The two nouns that a prompt (a string, or messages of which the last counts) asks for."""
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     nouns = [w for w in prompt.split() if w in NOUNS]
     if len(nouns) != 2:
         raise ValueError(f"not a prompt of the review world: {prompt!r}")
