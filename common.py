@@ -11,6 +11,7 @@ from `ids != pad`.
 """
 import argparse
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -111,6 +112,7 @@ def flags(doc, argv, *stages):
     d = defaults(p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])[0].model, *stages)
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
     p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 for 3B, 3 for 8B)")
+    p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's own settings")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
     return p, d
 
@@ -260,7 +262,7 @@ class LM(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.heads, self.adapters = lm, nn.ModuleDict(), {}
+        self.lm, self.heads, self.adapters, self.fingerprint = lm, nn.ModuleDict(), {}, fingerprint(lm)
 
     def add_adapter(self, name, r, alpha, dropout=0.0, trainable=True):
         """LoRA on every linear projection of the blocks, Conv1D (GPT-2) included, whatever the architecture."""
@@ -388,21 +390,25 @@ def missing_model(path, error):
             "there, or give --model a local folder")
 
 
-def fingerprint(model):
-    """Which trunk this is: a hash over the names, shapes and first values of all its weights, adapters left out."""
+def fingerprint(lm):
+    """Which trunk this is: a hash over the names, shapes and first values of all its weights."""
     digest = hashlib.sha256()
-    for key, w in sorted(model.merged_state_dict().items()):
+    for key, w in sorted(lm.state_dict().items()):
         digest.update(f"{key}{tuple(w.shape)}".encode() + w.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def save_adapter(model, name, folder, **meta):
     """Adapter and head `name` as one safetensors file, with what they need to be loaded, and `meta`, beside it in a JSON."""
-    with aside(folder) as tmp:
-        own = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if f".A.{name}." in k or f".B.{name}." in k or f"heads.{name}." in k}
-        save_file(own, os.path.join(tmp, "adapter.safetensors"))
-        with open(os.path.join(tmp, "adapter.json"), "w") as f:
-            json.dump(dict(name=name, **model.adapters[name], trunk=fingerprint(model), **meta), f, indent=1)
+    own = [p for k, p in model.named_parameters() if f".A.{name}." in k or f".B.{name}." in k or f"heads.{name}." in k]
+    with gathered(own), aside(folder) as tmp:
+        if tmp:
+            own = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if f".A.{name}." in k or f".B.{name}." in k or f"heads.{name}." in k}
+            save_file(own, os.path.join(tmp, "adapter.safetensors"))
+            with open(os.path.join(tmp, "adapter.json"), "w") as f:
+                json.dump(dict(name=name, **model.adapters[name], trunk=model.fingerprint, **meta), f, indent=1)
+    if world() > 1:
+        dist.barrier()                                   # the folder is there before anyone reads it
 
 
 def load_adapter(model, folder, made_by):
@@ -414,7 +420,7 @@ def load_adapter(model, folder, made_by):
             own = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, ValueError) as e:
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
-    if meta["trunk"] != fingerprint(model):
+    if meta["trunk"] != model.fingerprint:
         die(f"{folder}: trained on another model than the one given by --init-from; train it on this one with: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"], trainable=False)
     model.add_head(meta["name"])
@@ -438,22 +444,59 @@ def print_models(models, out):
     write_json(os.path.join(out, "models.json"), sizes)
 
 
-def engine(model, lr, zero, rows, accum=1):
-    """DeepSpeed engine with fused AdamW over the trainable parameters of `model`; ds_config.json fills in the rest.
+def ds_config(args, model, rows, accum=1):
+    """ds_config.json (--ds-config), with what the flags decide filled in."""
+    try:
+        with open(args.ds_config) as f:
+            config = json.load(f)
+    except (OSError, ValueError) as e:
+        die(f"--ds-config {args.ds_config}: {e}")
+    config |= dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
+    config.setdefault("bf16", {})["enabled"] = next(model.parameters()).dtype == torch.bfloat16
+    config.setdefault("zero_optimization", {})["stage"] = args.zero
+    return config
+
+
+def engine(model, args, lr, rows, accum=1):
+    """DeepSpeed engine with fused AdamW over the trainable parameters of `model`.
 
     rows: rows of one forward pass on one rank; accum: forward passes per optimizer step.
     """
-    with open(os.path.join(HERE, "ds_config.json")) as f:
-        config = json.load(f)
-    config |= dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
-    config.setdefault("bf16", {})["enabled"] = next(model.parameters()).dtype == torch.bfloat16
-    config.setdefault("zero_optimization", {})["stage"] = zero
     # One optimizer group a layer: ZeRO-1/2 upcast the gradients one group at a time (19 GB at 3B if it is all one group).
     layer = lambda item: (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
     trainable = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(args, model, rows, accum))[0]
+
+
+def frozen(model, args):
+    """A model that only runs forward: as it is, or at ZeRO-3 sharded over the ranks."""
+    model.eval()
+    return deepspeed.initialize(model=model, config=ds_config(args, model, 1))[0].eval() if args.zero == 3 else model
+
+
+def gathered(params):
+    """Whole weights on every rank inside this context; at ZeRO-3 they are sharded outside of it. All ranks must enter."""
+    params = [p for p in params if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(params) if params else contextlib.nullcontext()
+
+
+def actor(model, args):
+    """The module that rollouts decode with. Call it before `engine`, and `refresh` before each rollout.
+
+    Below ZeRO-3 that is the model itself. At ZeRO-3 every forward would gather every layer again for every token, so a plain
+    copy decodes; it costs the weights once more per GPU, and lets ranks stop at different lengths.
+    """
+    return copy.deepcopy(model).requires_grad_(False).eval() if args.zero == 3 else model
+
+
+def refresh(actor, model):
+    """Bring the copy up to date: the only gather of a rollout."""
+    if actor is not model:
+        with torch.no_grad(), gathered(model.parameters()):
+            for mine, theirs in zip(actor.parameters(), model.parameters()):
+                mine.copy_(theirs)
 
 
 def set_lr(engine, lr):
@@ -663,7 +706,10 @@ class Clock:
 
 @contextlib.contextmanager
 def aside(folder):
-    """A folder to write in that takes the place of `folder` only once it is complete."""
+    """A folder to write in, on rank 0, that takes the place of `folder` only once it is complete."""
+    if rank() != 0:
+        yield None
+        return
     tmp = folder.rstrip("/") + ".tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
@@ -678,24 +724,26 @@ def aside(folder):
 
 def save_model(model, tok, folder, adapter=None):
     """A plain transformers folder, adapter merged, which AutoModelForCausalLM loads."""
-    if rank() == 0:
-        with aside(folder) as tmp:
-            model.lm.save_pretrained(tmp, state_dict=model.merged_state_dict(adapter))
+    with gathered(model.parameters()), aside(folder) as tmp:
+        if tmp:
+            model.lm.save_pretrained(tmp, state_dict={k: v.detach().cpu() for k, v in model.merged_state_dict(adapter).items()})
             tok.save_pretrained(tmp)
+    if world() > 1:
+        dist.barrier()
 
 
 @torch.no_grad()
-def evaluate(rollout, model, trunk, tok, rows, reward, args, device, adapter=None, n=256):
+def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, n=256):
     """Roll out about n held-out prompts with the stage's own `rollout`: gold reward, KL to the reference, length, ended.
 
     Prints and writes them to out/summary.json.
     """
     sums, count = {}, -(-n // (args.batch_size * world()))
-    model.eval()
+    policy.eval()
     for i in range(count):
         mine = [rows[(i * args.batch_size * world() + j * world() + rank()) % len(rows)]["prompt"] for j in range(args.batch_size)]
-        ids, attn, mask, ended = rollout(model, [encode_prompt(tok, p)[-args.max_prompt_length:] for p in mine], tok, args, device, adapter)
-        logp, ref_logp = (m(ids, attn, mask.shape[1], a, temperature=args.temperature) for m, a in ((model, adapter), (trunk, None)))
+        ids, attn, mask, ended = rollout(actor, [encode_prompt(tok, p)[-args.max_prompt_length:] for p in mine], tok, args, device, adapter)
+        logp, ref_logp = (m(ids, attn, mask.shape[1], a, temperature=args.temperature) for m, a in ((policy, adapter), (trunk, None)))
         texts = [tok.decode(r, skip_special_tokens=True) for r in unpad(ids, mask)]
         part = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(), ended=ended.float().mean())
         if reward:

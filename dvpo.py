@@ -119,8 +119,9 @@ def main(argv=None):
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
     common.print_models({"policy, reference, GVM": model} if args.lora else {"policy": model, "reference, GVM": trunk}, args.out)
-    policy = common.engine(model, args.lr, args.zero, args.mini_batch_size, args.grad_accum)
-    trunk = policy if args.lora else trunk.eval()
+    actor = common.actor(model, args)
+    policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
+    trunk = policy if args.lora else common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
     metrics = common.Metrics(args.out, args.max_steps, "dvpo", ("gold", "kl", "q_mean", "ended", "length"), policy)
@@ -134,7 +135,8 @@ def main(argv=None):
         # 1. rollout
         with clock("generate"):
             policy.eval()
-            ids, attn, mask, ended = rollout(model, prompts, tok, args, device, adapter)
+            common.refresh(actor, model)
+            ids, attn, mask, ended = rollout(actor, prompts, tok, args, device, adapter)
             T, responses = mask.shape[1], common.unpad(ids, mask)
 
         with clock("score"), torch.no_grad():
@@ -192,7 +194,8 @@ def main(argv=None):
     metrics.close()
 
     common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
-    common.evaluate(rollout, model, trunk, tok, heldout, reward, args, device, adapter)
+    common.refresh(actor, model)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, reward, args, device, adapter)
 
 
 def draw_tau(buffer, prompt, pairs, rng):

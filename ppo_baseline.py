@@ -139,7 +139,7 @@ def train_reward_model(args, tok, device):
     rm = common.load_model(args.init_from, trainable=False)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")
-    engine = common.engine(rm, args.rm_lr, args.zero, args.rm_batch_size)
+    engine = common.engine(rm, args, args.rm_lr, args.rm_batch_size)
     batch = args.rm_batch_size * common.world()
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
     out = os.path.dirname(args.rm)
@@ -193,9 +193,10 @@ def main(argv=None):
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")
     common.print_models({"policy": model, "critic": critic_model, "reference" if reward else "reference, reward model": trunk}, args.out)
-    policy = common.engine(model, args.lr, args.zero, args.mini_batch_size, args.grad_accum)
-    critic = common.engine(critic_model, args.critic_lr, args.zero, args.mini_batch_size, args.grad_accum)
-    trunk = trunk.eval()
+    actor = common.actor(model, args)
+    policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
+    critic = common.engine(critic_model, args, args.critic_lr, args.mini_batch_size, args.grad_accum)
+    trunk = common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
     metrics = common.Metrics(args.out, args.max_steps, "ppo", ("gold", "kl", "score", "ended", "length"), policy)
@@ -208,8 +209,9 @@ def main(argv=None):
 
         # 1. rollout
         with clock("generate"):
-            policy.eval()
-            ids, attn, mask, ended = rollout(model, prompts, tok, args, device)
+            policy.eval(), critic.eval()
+            common.refresh(actor, model)
+            ids, attn, mask, ended = rollout(actor, prompts, tok, args, device)
             T, responses = mask.shape[1], common.unpad(ids, mask)
 
         with clock("score"), torch.no_grad():
@@ -274,7 +276,8 @@ def main(argv=None):
     metrics.close()
 
     common.save_model(model, tok, os.path.join(args.out, "model"))
-    common.evaluate(rollout, model, trunk, tok, heldout, gold_reward, args, device)
+    common.refresh(actor, model)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold_reward, args, device)
 
 
 if __name__ == "__main__":

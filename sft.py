@@ -74,7 +74,7 @@ def heldout_loss(policy, tok, rows, args, device):
 
 
 @torch.no_grad()
-def sample_gold(model, tok, rows, reward, args, device, n=256):
+def sample_gold(actor, tok, rows, reward, args, device, n=256):
     """Mean reward of about n sampled answers to the held-out prompts, this rank's share."""
     from transformers import GenerationConfig
 
@@ -84,7 +84,7 @@ def sample_gold(model, tok, rows, reward, args, device, n=256):
     for i in range(-(-n // (args.batch_size * common.world()))):
         prompts = [rows[(i * args.batch_size * common.world() + j * common.world() + common.rank()) % len(rows)]["prompt"] for j in range(args.batch_size)]
         ids, attn, _ = common.frame([common.encode_prompt(tok, p) for p in prompts], [[] for _ in prompts], tok.pad_token_id, device)
-        said = model.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
+        said = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
         scores += [reward(p, tok.decode(s, skip_special_tokens=True)) for p, s in zip(prompts, said)]
     return sum(scores) / len(scores)
 
@@ -98,7 +98,8 @@ def main(argv=None):
     device = common.start(args)
     model = common.load_model(args.init_from)
     common.print_models({"policy": model}, args.out)
-    policy = common.engine(model, args.lr, args.zero, args.batch_size // args.grad_accum, args.grad_accum)
+    actor = common.actor(model, args) if reward else model
+    policy = common.engine(model, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                 # rows per optimizer step, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
     metrics = common.Metrics(args.out, steps, "sft", ("loss", "lr"), policy)
@@ -128,7 +129,8 @@ def main(argv=None):
     policy.eval()
     summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
     if reward:
-        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(model, tok, common.Rows(args.prompts, ["prompt"]), reward, args, device)))["gold"]
+        common.refresh(actor, model)
+        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(actor, tok, common.Rows(args.prompts, ["prompt"]), reward, args, device)))["gold"]
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.write_json(os.path.join(args.out, "summary.json"), summary)
     if common.rank() == 0:

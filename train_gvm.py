@@ -277,7 +277,7 @@ def main(argv=None):
     common.print_models({"trunk (frozen) + GVM adapter + head": gvm}, args.out)
     if common.rank() == 0:
         print(data.about)
-    engine = common.engine(gvm, args.lr, args.zero, args.batch_size // args.grad_accum, args.grad_accum)
+    engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                               # rows per optimizer step, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
     metrics = common.Metrics(args.out, steps, "gvm", ("loss", "q_mean", "q_std"), engine)
