@@ -472,8 +472,9 @@ def engine(model, args, lr, rows, accum=1):
 
 def frozen(model, args):
     """A model that only runs forward: as it is, or at ZeRO-3 sharded over the ranks."""
-    model.eval()
-    return deepspeed.initialize(model=model, config=ds_config(args, model, 1))[0].eval() if args.zero == 3 else model
+    engine = deepspeed.initialize(model=model, config=ds_config(args, model, 1))[0] if args.zero == 3 else model
+    engine.eval()
+    return engine
 
 
 def gathered(params):
