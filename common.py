@@ -126,9 +126,14 @@ def parse(p, argv):
     return args
 
 
-def check_batches(args):
-    if args.batch_size % (args.mini_batch_size * args.grad_accum) or not args.batch_size:
-        die(f"--batch-size {args.batch_size}: must be a multiple of --mini-batch-size {args.mini_batch_size} x --grad-accum {args.grad_accum}")
+def check_sizes(args):
+    """Sizes that must fit each other; called by every stage before anything is loaded."""
+    rows = getattr(args, "mini_batch_size", 1) * args.grad_accum
+    if not rows or not args.batch_size or args.batch_size % rows:
+        rule = "--mini-batch-size x --grad-accum" if hasattr(args, "mini_batch_size") else "--grad-accum"
+        die(f"--batch-size {args.batch_size}: must be a multiple, not 0, of {rule} = {rows}")
+    if not getattr(args, "temperature", 1):
+        die("--temperature 0: log-probs need a temperature above 0; 1 samples from the model as it is")
 
 
 def load_function(spec):
@@ -162,13 +167,19 @@ def start(args):
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves; this op would be compiled at the first start
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-    torch.manual_seed(args.seed * 1000 + rank())
+    seed(args)
     os.makedirs(args.out, exist_ok=True)
     if rank() == 0:
         with open(os.path.join(args.out, "run.json"), "w") as f:
             json.dump(vars(args) | dict(world_size=world(), device=str(device)), f, indent=1)
     return device
+
+
+def seed(args):
+    """Every rank its own random numbers; again before the loop, so that what the set-up drew does not matter."""
+    torch.manual_seed(args.seed * 1000 + rank())
 
 
 def finish():
@@ -593,9 +604,9 @@ def behind_tau(tok, tau, prompt, room):
 class Rows:
     """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory."""
 
-    def __init__(self, path, keys, hint="python data/toy.py"):
+    def __init__(self, path, keys):
         if not os.path.isfile(path):
-            die(f"{path}: no such file; make it with: {hint}")
+            die(f"{path}: no such file; " + ("make it with: python data/toy.py" if path.startswith("data/toy/") else "name one with a flag, see --help"))
         self.path, self.keys = path, set(keys)
         self.file = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
         self.offsets = [0]

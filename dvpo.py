@@ -105,7 +105,7 @@ def advantage(q, mask, kind, sigma):
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_batches(args)
+    common.check_sizes(args)
     data, heldout = common.Rows(args.data, ["prompt"]), common.Rows(args.heldout, ["prompt"])
     reward = common.load_function(args.reward)
     tok = common.load_tokenizer(args.init_from)
@@ -127,6 +127,7 @@ def main(argv=None):
     metrics = common.Metrics(args.out, args.max_steps, "dvpo", ("gold", "kl", "q_mean", "ended", "length"), policy)
     kl_coef, buffer = args.kl_coef, None                          # buffer: (prompt ids, response ids) of the last rollouts
 
+    common.seed(args)
     for step in range(args.max_steps):
         clock = common.Clock()
         index = common.batch_indices(len(data), batch, step, args.seed)

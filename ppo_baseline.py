@@ -178,7 +178,7 @@ def train_reward_model(args, tok, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_batches(args)
+    common.check_sizes(args)
     data, heldout = common.Rows(args.data, ["prompt"]), common.Rows(args.heldout, ["prompt"])
     reward, gold_reward = common.load_function(args.reward), common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
@@ -202,6 +202,7 @@ def main(argv=None):
     metrics = common.Metrics(args.out, args.max_steps, "ppo", ("gold", "kl", "score", "ended", "length"), policy)
     kl_coef = args.kl_coef
 
+    common.seed(args)
     for step in range(args.max_steps):
         clock = common.Clock()
         index = common.batch_indices(len(data), batch, step, args.seed)

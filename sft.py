@@ -91,6 +91,7 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
 
 def main(argv=None):
     args = parse_args(argv)
+    common.check_sizes(args)
     train = common.Rows(args.data, ["prompt", "response"])
     heldout = common.Rows(args.heldout, ["prompt", "response"])
     reward = common.load_function(args.reward)

@@ -407,21 +407,53 @@ def script(*argv, env=None, timeout=300):
 def test_missing_input_is_one_line():
     for argv, word in (["dvpo.py", "--init-from", path("none/sft/model"), "--data", path("toy/prompts.jsonl"), "--heldout", path("toy/prompts.jsonl")], "sft"), \
             (["dvpo.py", "--init-from", path("sft/model"), "--gvm", path("none/gvm/model"), *RL[2:]], "train_gvm.py"), \
-            (["sft.py", "--data", path("nothing.jsonl")], "toy.py"), (["dvpo.py", "--batch-size", "7"], "--batch-size"):
+            (["sft.py", "--data", path("nothing.jsonl")], "nothing.jsonl"), (["sft.py", "--data", "data/toy/nothing.jsonl"], "data/toy.py"), (["dvpo.py", "--batch-size", "7"], "--batch-size"):
         world()
         done = script(sys.executable, *argv, "--out", path("x"))
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], done.stderr
 
 
-def test_two_ranks_by_torchrun():
+def two_ranks(*argv, launcher=("torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")):
+    done = script(sys.executable, "-m", *launcher, *argv, env=dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in open(os.path.join(argv[argv.index("--out") + 1], "metrics.jsonl"))]
+
+
+def test_two_ranks_equal_one_and_zero_3_equals_zero_1():
+    """The same global batch gives the same losses, on one rank and on two, sharded and whole.
+
+    ZeRO-3 with no live parameters allowed: the path of a model too big to stay gathered.
+    """
     world()
-    done = script(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-                  "dvpo.py", *RL, "--gvm", path("gvm/model"), "--out", path("two"), "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16",
-                  env=dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in open(path("two/metrics.jsonl"))]
-    assert len(rows) == 2 and rows[0]["ratio_first"] == 1.0
+    with open(path("ds3.json"), "w") as f:
+        json.dump({"gradient_clipping": 1.0, "steps_per_print": 10**9, "zero_optimization": {
+            "reduce_bucket_size": 5000, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": 0}}, f)
+    ds3 = ("--zero", "3", "--ds-config", path("ds3.json"))
+    gvm = (*GVM, "--max-steps", "3", "--tau-pairs", "1")
+    one = run(train_gvm, *gvm, "--out", path("one"), "--batch-size", "32")
+    two = two_ranks("train_gvm.py", *gvm, "--out", path("two"), "--batch-size", "16", *ds3)
+    for a, b in zip(one, two):
+        close(a["loss"], b["loss"], 1e-5), close(a["q_std"], b["q_std"], 1e-5)
+    rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16")
+    for stage, own in ("dvpo.py", ("--gvm", path("gvm/model"))), ("ppo_baseline.py", ("--rm", path("rm2/model"), "--rm-max-steps", "3",
+                       "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_heldout.jsonl"))):
+        z1 = two_ranks(stage, *rl, *own, "--out", path("z1"), "--zero", "1")
+        z3 = two_ranks(stage, *rl, *own, "--out", path("z3"), *ds3)
+        for a, b in zip(z1, z3):
+            assert a["ratio_first"] == b["ratio_first"] == 1.0
+            for key in ("loss", "kl", "gold", "q_mean"):
+                close(a[key], b[key], 1e-4)
+        for key, w in weights(path("z1/model")).items():                          # what ZeRO-3 saved is whole
+            close(w, weights(path("z3/model"))[key], 1e-3)
+
+
+def test_deepspeed_launcher():
+    world()
+    rows = two_ranks("dvpo.py", *RL, "--gvm", path("gvm/model"), "--out", path("ds"), "--max-steps", "1", "--batch-size", "32", "--mini-batch-size", "16",
+                     launcher=("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(20000 + os.getpid() % 20000)))
+    assert rows[0]["ratio_first"] == 1.0
 
 
 def test_help_teaches():

@@ -118,8 +118,9 @@ class Labelled:
             self.rows += [(file, i, side) for i in range(len(file)) for side in sides]
         self.by_policy, rewards = {}, []
         for i in tqdm(range(len(self)), desc="reading", disable=common.rank() != 0, mininterval=1.0, leave=False):
-            self.by_policy.setdefault(self[i]["policy"], []).append(i)
-            rewards.append(self[i]["reward"])
+            row = self[i]
+            self.by_policy.setdefault(row["policy"], []).append(i)
+            rewards.append(row["reward"])
         self.about = "%d rows, %d policies, reward mean %.3f, sd %.3f, min %.3f, quartiles %.3f %.3f %.3f, max %.3f" % (
             len(self), len([k for k in self.by_policy if k]), np.mean(rewards), np.std(rewards), *np.quantile(rewards, [0, .25, .5, .75, 1]))
 
@@ -253,6 +254,7 @@ def show(gvm, tok, prompt, response, tau, args, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    common.check_sizes(args)
     tok = common.load_tokenizer(args.init_from)
     data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)

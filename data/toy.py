@@ -256,6 +256,9 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_poli
     """Write the whole world into the folder `out`; the same arguments give the same files, byte for byte."""
     import torch
     from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     os.makedirs(out, exist_ok=True)
     tok = tokenizer()
