@@ -606,7 +606,7 @@ class Rows:
 
     def __init__(self, path, keys):
         if not os.path.isfile(path):
-            die(f"{path}: no such file; " + ("make it with: python data/toy.py" if path.startswith("data/toy/") else "name one with a flag, see --help"))
+            die(f"{path}: no such file; " + next((f"make it with: python {folder}.py" for folder in ("data/toy", "data/ultrafeedback") if path.startswith(folder + "/")), "name one with a flag, see --help"))
         self.path, self.keys = path, set(keys)
         self.file = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
         self.offsets = [0]
