@@ -414,6 +414,25 @@ def test_eval_only_and_show():
     assert len(shown["q"]) == len(shown["true_q"]) == 7 and shown["tokens"][1:] == "the soup was great . <eos>".split()
 
 
+def test_label_goes_on_where_it_stopped():
+    world()
+    from tools import label
+
+    def rows(to, n):
+        with contextlib.redirect_stderr(io.StringIO()):
+            label.main(["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", to, "--n", str(n), "--batch-size", "16"])
+        return open(to).read().splitlines()
+
+    straight = rows(path("label_a.jsonl"), 48)
+    rows(path("label_b.jsonl"), 32)
+    with open(path("label_b.jsonl"), "a") as f:
+        f.write('{"prompt": "cut sh')                                             # killed in the middle of a line
+    assert rows(path("label_b.jsonl"), 48) == straight and len(straight) == 48
+    row = json.loads(straight[0])
+    assert row["policy"] == "sft" and row["reward"] == toy.gold_reward(row["prompt"], row["response"])
+    assert len(train_gvm.Labelled([path("toy/gvm_heldout.jsonl"), path("label_a.jsonl")]).by_policy["sft"]) == 48
+
+
 def test_table4_by_hand():
     rows = [dict(prompt="a", reward=1.0), dict(prompt="a", reward=0.0), dict(prompt="a", reward=0.5), dict(prompt="b", reward=0.0)]
     q = [np.array([9.0, 1, 1, 4]), np.array([0.0, 2, 2, 2]), np.array([0.0, 1, 1, 1]), np.array([0.0, 5])]

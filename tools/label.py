@@ -1,0 +1,90 @@
+"""Sample a policy's answers and score them: labelled rows for train_gvm.py (the paper's instruction setting, section 5.2).
+
+    python tools/label.py                                                    the toy's SFT model, scored by the gold reward
+    python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward FILE.py:function --to rows.jsonl
+    python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward-model FOLDER_OR_ID --to rows.jsonl
+    python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl   then learns from both
+
+Rows are {prompt, response, reward, policy}; policy is --name. A GVM that never saw the mistakes of the policy it guides is fooled by
+them: a few thousand rows of the SFT model itself, some at temperatures above 1, are cheap cover. Run it again to go on where it stopped.
+"""
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from tqdm import tqdm
+
+import common
+import dvpo
+
+
+def score_with(path, device):
+    """A sequence-classification checkpoint -> function(prompts, responses) -> list of floats."""
+    from transformers import AutoModelForSequenceClassification
+
+    tok = common.load_tokenizer(path)
+    try:
+        rm = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, use_safetensors=True).to(device).eval()
+    except (OSError, ValueError) as e:
+        common.die(common.missing_model(path, e))
+    rm.config.pad_token_id = tok.pad_token_id
+
+    def score(prompts, responses):
+        ids, attn, _ = common.frame([common.encode_prompt(tok, p) for p in prompts], [common.encode_response(tok, r) for r in responses], tok.pad_token_id, device)
+        rows = [row[a.bool()] for row, a in zip(ids, attn)]                     # one by one: no padding to trip over
+        return [rm(row[None]).logits[0, 0].item() for row in rows]
+
+    return score
+
+
+@torch.no_grad()
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.add_argument("--policy", default="out/tiny/sft/model", help="transformers folder or hub id to sample from")
+    p.add_argument("--prompts", default="data/toy/prompts.jsonl", help="rows {prompt}; they are gone through in turn")
+    p.add_argument("--reward", default="data/toy.py:gold_reward", help="FILE.py:function(prompt, response) -> float")
+    p.add_argument("--reward-model", default=None, help="sequence-classification checkpoint (UltraRM, say), in place of --reward")
+    p.add_argument("--to", default="out/tiny/sft/labelled.jsonl", help="file to write, or to go on with")
+    p.add_argument("--name", default=None, help="policy name in the rows (default: the folder's own name)")
+    p.add_argument("--n", type=int, default=3000, help="rows in all")
+    p.add_argument("--batch-size", type=int, default=64, help="rows per forward pass")
+    p.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 1.4, 1.8], help="gone through batch by batch; above 1 makes more mistakes")
+    p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
+    p.add_argument("--seed", type=int, default=1, help="seed of sampling")
+    args = p.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts, tok = common.Rows(args.prompts, ["prompt"]), common.load_tokenizer(args.policy)
+    policy = common.load_model(args.policy, trainable=False).eval()
+    if args.reward_model:
+        score = score_with(args.reward_model, device)
+    else:
+        reward = common.load_function(args.reward)
+        score = lambda ps, rs: [float(reward(p, r)) for p, r in zip(ps, rs)]
+    name = args.name or os.path.basename(os.path.dirname(os.path.abspath(args.policy)) if os.path.basename(args.policy) == "model" else args.policy)
+
+    os.makedirs(os.path.dirname(os.path.abspath(args.to)), exist_ok=True)
+    done = 0
+    if os.path.exists(args.to):                                                 # keep whole batches only: a killed run may have cut one
+        with open(args.to) as f:
+            lines = [line for line in f if line.endswith("\n")]
+        done = len(lines) if len(lines) >= args.n else len(lines) // args.batch_size * args.batch_size
+        with open(args.to, "w") as f:
+            f.writelines(lines[:done])
+    with open(args.to, "a") as f, tqdm(total=args.n, initial=done, desc="label") as bar:
+        for start in range(done, args.n, args.batch_size):
+            args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
+            torch.manual_seed(args.seed * 1_000_003 + start)                    # of the batch, so that going on gives the same rows
+            mine = [prompts[i % len(prompts)]["prompt"] for i in range(start, min(start + args.batch_size, args.n))]
+            ids, attn, mask, ended = dvpo.rollout(policy, [common.encode_prompt(tok, p) for p in mine], tok, args, device)
+            texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
+            f.writelines(json.dumps(dict(prompt=p, response=t, reward=s, policy=name)) + "\n" for p, t, s in zip(mine, texts, score(mine, texts)))
+            f.flush()
+            bar.update(len(mine))
+
+
+if __name__ == "__main__":
+    main()
