@@ -606,7 +606,8 @@ class Rows:
 
     def __init__(self, path, keys):
         if not os.path.isfile(path):
-            die(f"{path}: no such file; " + next((f"make it with: python {folder}.py" for folder in ("data/toy", "data/ultrafeedback") if path.startswith(folder + "/")), "name one with a flag, see --help"))
+            maker = [f"make it with: python {folder}.py" for folder in ("data/toy", "data/ultrafeedback") if path.startswith(folder + "/")]
+            die(f"{path}: no such file; " + (maker or ["name one with a flag, see --help"])[0])
         self.path, self.keys = path, set(keys)
         self.file = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
         self.offsets = [0]

@@ -52,10 +52,12 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of tau + prompt + response; tau pairs that do not fit are left out (paper 1024)")
-    p.add_argument("--td-lambda", type=float, default=0.95, help="0: one-step TD, eq. (1) to the letter; 1: the reward itself is every token's target (paper 0)")
+    p.add_argument("--td-lambda", type=float, default=0.95,
+                   help="0: one-step TD, eq. (1) to the letter; 1: the reward itself is every token's target (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
-    p.add_argument("--tau-pairs", type=int, default=None, help=f"most question-answer pairs in tau; 0: no tau (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
+    p.add_argument("--tau-pairs", type=int, default=None,
+                   help=f"most question-answer pairs in tau; 0: no tau (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="the adapter is scaled by alpha / rank (paper 32)")
     p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="dropout before the adapter, in training (paper 0.1)")

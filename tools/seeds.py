@@ -1,7 +1,7 @@
 """Several seeds of the whole chain on the review world, two processes at a time: SFT -> GVM -> DVPO, and reward model -> PPO.
 
     python data/toy.py && python tools/seeds.py             five seeds; about half an hour on two cores
-    python tools/seeds.py --tune                            lr x kl_coef for DVPO and PPO alike, on seed 1
+    python tools/seeds.py --tune                            lr x kl_coef for DVPO and PPO alike, and a GVM without tau, on seed 1
     python tools/seeds.py --report                          only the tables, from runs that are there
 
 Writes out/seeds/SEED/..., then results/toy.json and results/toy.md. RL runs go half as long again as the default, to see whether
@@ -41,6 +41,8 @@ def chain(seed):
 
 def tuning(job):
     script, lr, kl_coef = job
+    if script == "train_gvm.py":                             # the same GVM without a tau: what can it know about policies?
+        return stage(script, "out/seeds/1/gvm_no_tau", "--seed", 1, "--init-from", "out/seeds/1/sft/model", "--tau-pairs", 0)
     own = ("--gvm", "out/seeds/1/gvm/model") if script == "dvpo.py" else ("--rm", "out/seeds/1/rm/model")
     stage(script, f"out/seeds/tune/{script[:-3]}_{lr:g}_{kl_coef:g}", "--seed", 1, "--init-from", "out/seeds/1/sft/model", *own, "--lr", lr, "--kl-coef", kl_coef)
 
@@ -76,7 +78,10 @@ def report(seeds):
     lines.append("| mean | " + " | ".join(f"{v:.3f}" for v in data["mean"].values()) + " |")
     lines += ["", "final: mean over the last tenth of the steps; best: highest mean over such a window; KL: nats a response to the SFT model.", "",
               "## The global value model on held-out rows", "", "| seed | pairs | mean | P1 | P99 | last | correlation with true Q | rms error | V(s_0) ranks all policies | its correlation | RM accuracy |", "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
+    no_tau = "out/seeds/1/gvm_no_tau"
+    if os.path.exists(f"{no_tau}/done"):
+        data["gvm_no_tau"] = json.load(open(f"{no_tau}/eval.json"))
+    for r in rows + ([dict(seed="1, no tau", gvm=data["gvm_no_tau"], rm_accuracy=float("nan"))] if "gvm_no_tau" in data else []):
         g = r["gvm"]
         lines.append(f"| {r['seed']} | {g['pairs']} | " + " | ".join(f"{g['accuracy'][k]:.3f}" for k in ("mean", "P1", "P99", "last"))
                      + f" | {g['true_q']['correlation']:.3f} | {g['true_q']['rmse']:.3f} | {g['v0_ranks_all_policies']} | {g['v0_correlation']:.3f} | {r['rm_accuracy']:.3f} |")
@@ -99,7 +104,7 @@ def main(argv=None):
     p.add_argument("--tune", action="store_true", help="run the tuning grid on seed 1, which must have been run before")
     p.add_argument("--report", action="store_true", help="run nothing")
     args = p.parse_args(argv)
-    jobs = [(tuning, j) for j in itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS)] if args.tune else [(chain, s) for s in args.seeds]
+    jobs = [(tuning, ("train_gvm.py", None, None))] * args.tune + [(tuning, j) for j in itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS)] if args.tune else [(chain, s) for s in args.seeds]
     if not args.report:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for future in [pool.submit(f, j) for f, j in jobs]:
