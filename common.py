@@ -65,7 +65,7 @@ TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_new_tokens=32),
     "gvm": dict(lr=5e-3, batch_size=64, epochs=9, max_length=256, tau_pairs=2, lora_rank=64, lora_alpha=64, lora_dropout=0.0),
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=6, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
-    "rl": dict(lr=1e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=100, kl_coef=0.05),
+    "rl": dict(lr=1e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=100),
 }
 PRESETS = {
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
