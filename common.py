@@ -473,7 +473,7 @@ def engine(model, args, lr, rows, accum=1):
 
     rows: rows of one forward pass on one rank; accum: forward passes per optimizer step.
     """
-    # One optimizer group a layer: ZeRO-1/2 upcast the gradients one group at a time (19 GB at 3B if it is all one group).
+    # One optimizer group a layer: ZeRO-1/2 upcast the gradients one group at a time (by arithmetic 19 GB at 3B if it is all one group).
     layer = lambda item: (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
     trainable = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]

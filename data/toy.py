@@ -265,8 +265,8 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_poli
     tok.save_pretrained(os.path.join(out, "model"))
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(model_config(tok))
-    # Positions start as sinusoids (arXiv 1706.03762): an offset is then a rotation, which two layers learn in a thousand steps;
-    # from random positions they would have to learn every place that a tau can shift the prompt to.
+    # Positions start as sinusoids (arXiv 1706.03762), in which an offset is a rotation: a tau shifts the prompt to many places, and
+    # from random positions each would have to be learned by itself.
     d = model.config.n_embd
     angle = torch.arange(256)[:, None] / 10_000 ** (torch.arange(0, d, 2) / d)
     model.transformer.wpe.weight.data = 0.3 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
