@@ -11,9 +11,10 @@ install: .venv/ready
 demo: .venv/ready
 	$(PY) data/toy.py
 	$(PY) sft.py
-	$(PY) train_gvm.py
+	$(PY) tools/label.py
+	$(PY) train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl
 	$(PY) dvpo.py
-	$(PY) ppo_baseline.py
+	$(PY) ppo_baseline.py --pairs data/toy/pairs.jsonl out/tiny/sft/labelled_pairs.jsonl
 	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
 	$(PY) tools/report.py
 	$(PY) tools/plot.py

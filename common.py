@@ -25,6 +25,7 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 import time
 
 import torch
@@ -56,16 +57,16 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 PAPER = {
     "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024),
-    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
+    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, tau_length=128, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, max_new_tokens=1024,
                max_prompt_length=512, max_steps=1000, kl_coef=0.2, kl_target=6.0, save_every=100, advantage="delta"),
 }
 TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_new_tokens=32),
-    "gvm": dict(lr=5e-3, batch_size=64, epochs=9, max_length=256, tau_pairs=2, lora_rank=64, lora_alpha=64, lora_dropout=0.0),
-    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=6, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
-    "rl": dict(lr=1e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=100),
+    "gvm": dict(lr=3e-3, batch_size=64, epochs=9, max_length=256, tau_pairs=2, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
+    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
+    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=100, kl_coef=0.1),
 }
 PRESETS = {
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
@@ -112,6 +113,7 @@ def flags(doc, argv, *stages):
     d = defaults(p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])[0].model, *stages)
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
     p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 for 3B, 3 for 8B)")
+    p.add_argument("--offload", action="store_true", help="keep the optimizer's states in CPU memory: slower, 12 bytes a trainable parameter less on the GPU (ZeRO 1 to 3)")
     p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's own settings")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
     return p, d
@@ -132,6 +134,8 @@ def check_sizes(args):
     if not rows or not args.batch_size or args.batch_size % rows:
         rule = "--mini-batch-size x --grad-accum" if hasattr(args, "mini_batch_size") else "--grad-accum"
         die(f"--batch-size {args.batch_size}: must be a multiple, not 0, of {rule} = {rows}")
+    if args.offload and not args.zero:
+        die("--offload: needs --zero 1, 2 or 3")
     if not getattr(args, "temperature", 1):
         die("--temperature 0: log-probs need a temperature above 0; 1 samples from the model as it is")
 
@@ -393,8 +397,9 @@ def load_model(path, trainable=True):
 def missing_model(path, error):
     if path.startswith("out") or path.startswith("data"):
         stage = {"sft": "sft.py", "gvm": "train_gvm.py", "dvpo": "dvpo.py", "ppo": "ppo_baseline.py"}
-        folder = os.path.basename(os.path.dirname(path))
-        return f"{path}: no model there; make it with: python {stage.get(folder, 'data/toy.py')}"
+        parts = os.path.normpath(path).split(os.sep)
+        model = f" --model {parts[1]}" if parts[0] == "out" and len(parts) == 4 and parts[1] != "tiny" else ""
+        return f"{path}: no model there; make it with: python {stage.get(parts[-2], 'data/toy.py')}{model}"
     if os.path.isdir(path):
         return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
     return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; log in with `hf auth login` and accept its licence "
@@ -409,7 +414,7 @@ def fingerprint(lm):
     return digest.hexdigest()[:16]
 
 
-def save_adapter(model, name, folder, **meta):
+def save_adapter(model, name, tok, folder, **meta):
     """Adapter and head `name` as one safetensors file, with what they need to be loaded, and `meta`, beside it in a JSON."""
     own = [p for k, p in model.named_parameters() if f".A.{name}." in k or f".B.{name}." in k or f"heads.{name}." in k]
     with gathered(own), aside(folder) as tmp:
@@ -417,13 +422,13 @@ def save_adapter(model, name, folder, **meta):
             own = {k: v.contiguous().cpu() for k, v in model.state_dict().items() if f".A.{name}." in k or f".B.{name}." in k or f"heads.{name}." in k}
             save_file(own, os.path.join(tmp, "adapter.safetensors"))
             with open(os.path.join(tmp, "adapter.json"), "w") as f:
-                json.dump(dict(name=name, **model.adapters[name], trunk=model.fingerprint, **meta), f, indent=1)
+                json.dump(dict(name=name, **model.adapters[name], trunk=model.fingerprint, tokenizer=tokenizer_print(tok), **meta), f, indent=1)
     if world() > 1:
         dist.barrier()                                   # the folder is there before anyone reads it
 
 
-def load_adapter(model, folder, made_by):
-    """Put a saved adapter and its head, frozen, on `model`; returns the meta data. A GVM of another trunk is refused."""
+def load_adapter(model, tok, folder, made_by):
+    """Put a saved adapter and its head, frozen, on `model`; returns the meta data. One of another trunk or tokenizer is refused."""
     try:
         with open(os.path.join(folder, "adapter.json")) as f:
             meta = json.load(f)
@@ -433,6 +438,8 @@ def load_adapter(model, folder, made_by):
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
     if meta["trunk"] != model.fingerprint:
         die(f"{folder}: trained on another model than the one given by --init-from; train it on this one with: {made_by}")
+    if meta["tokenizer"] != tokenizer_print(tok):
+        die(f"{folder}: trained with another tokenizer or chat template than that of --init-from; train it with this one: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"], trainable=False)
     model.add_head(meta["name"])
     model.heads[meta["name"]].requires_grad_(False)
@@ -465,6 +472,9 @@ def ds_config(args, model, rows, accum=1):
     config |= dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
     config.setdefault("bf16", {})["enabled"] = next(model.parameters()).dtype == torch.bfloat16
     config.setdefault("zero_optimization", {})["stage"] = args.zero
+    if args.offload:
+        config["zero_optimization"]["offload_optimizer"] = dict(device="cpu", pin_memory=torch.cuda.is_available())
+        config["zero_force_ds_cpu_optimizer"] = False       # torch's own AdamW runs there too, and needs no compiler
     return config
 
 
@@ -535,6 +545,12 @@ def load_tokenizer(path):
     return tok
 
 
+def tokenizer_print(tok):
+    """Which tokenizer this is: a hash over its vocabulary, special tokens and chat template."""
+    what = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
 def encode_prompt(tok, prompt):
     """Prompt (a string, or a list of {role, content}) -> ids up to where the response begins; bos at most once."""
     return list(prompt_ids(tok, prompt if isinstance(prompt, str) else json.dumps(prompt), isinstance(prompt, str)))
@@ -588,12 +604,13 @@ def unpad(ids, mask):
     return [row[m].tolist() for row, m in zip(ids[:, -mask.shape[1]:], mask)]
 
 
-def behind_tau(tok, tau, prompt, room):
-    """tau, a list of (prompt ids, response ids), in front of a prompt; pairs that `room` tokens do not hold are left out."""
+def behind_tau(tok, tau, prompt, room, tau_length):
+    """tau, a list of (prompt ids, response ids), in front of a prompt: the first tau_length tokens of each response; what `room` tokens,
+    prompt included, do not hold is left out, whole pairs at a time."""
     prefix = []
     for p, r in tau:
-        longer = behind(tok, prefix, p) + r
-        prefix = longer if len(longer) <= room else prefix
+        longer = behind(tok, prefix, p) + r[:tau_length]
+        prefix = longer if len(longer) + len(prompt) <= room else prefix
     return behind(tok, prefix, prompt)
 
 
@@ -602,14 +619,23 @@ def behind_tau(tok, tau, prompt, room):
 
 
 class Rows:
-    """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory."""
+    """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory.
+
+    A .gz is unpacked into an unnamed temporary file first: seeking in a compressed file would unpack it from the start each time.
+    """
 
     def __init__(self, path, keys):
         if not os.path.isfile(path):
             maker = [f"make it with: python {folder}.py" for folder in ("data/toy", "data/ultrafeedback") if path.startswith(folder + "/")]
             die(f"{path}: no such file; " + (maker or ["name one with a flag, see --help"])[0])
         self.path, self.keys = path, set(keys)
-        self.file = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+        if path.endswith(".gz"):
+            self.file = tempfile.TemporaryFile()
+            with gzip.open(path, "rb") as packed:
+                shutil.copyfileobj(packed, self.file)
+            self.file.seek(0)
+        else:
+            self.file = open(path, "rb")
         self.offsets = [0]
         for line in self.file:
             self.offsets.append(self.offsets[-1] + len(line))
@@ -736,13 +762,28 @@ def aside(folder):
 
 
 def save_model(model, tok, folder, adapter=None):
-    """A plain transformers folder, adapter merged, which AutoModelForCausalLM loads."""
+    """A plain transformers folder, adapter merged, which AutoModelForCausalLM loads; in its folder peft/ the adapter alone, for peft."""
     with gathered(model.parameters()), aside(folder) as tmp:
         if tmp:
             model.lm.save_pretrained(tmp, state_dict={k: v.detach().cpu() for k, v in model.merged_state_dict(adapter).items()})
             tok.save_pretrained(tmp)
+            if adapter:
+                save_peft(model, adapter, os.path.join(tmp, "peft"))
     if world() > 1:
         dist.barrier()
+
+
+def save_peft(model, name, folder):
+    """An adapter in the layout that peft reads: PeftModel.from_pretrained(the model --init-from named, folder)."""
+    os.makedirs(folder)
+    layers = {path: m for path, m in model.lm.named_modules() if isinstance(m, LoRA)}
+    save_file({f"base_model.model.{path}.lora_{x}.weight": getattr(m, x)[name].weight.detach().cpu().contiguous() for path, m in layers.items() for x in "AB"},
+              os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = model.adapters[name]
+    write_json(os.path.join(folder, "adapter_config.json"), dict(
+        peft_type="LORA", task_type="CAUSAL_LM", inference_mode=True, base_model_name_or_path=model.lm.config._name_or_path, r=config["r"],
+        lora_alpha=config["alpha"], lora_dropout=config["dropout"], bias="none", target_modules=sorted(layers),
+        fan_in_fan_out=isinstance(next(iter(layers.values())).base, Conv1D)))
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def main(argv=None):
 
     # Models: the policy, and one frozen trunk for reference and GVM. With --lora the policy is an adapter on that trunk.
     trunk = common.load_model(args.init_from, trainable=False)
-    meta = common.load_adapter(trunk, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+    meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
     tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     model, adapter = (trunk, "policy") if args.lora else (common.load_model(args.init_from), None)
     if args.lora:
@@ -149,7 +149,7 @@ def main(argv=None):
             # 3. value: each row behind a tau of the policy's own latest answers to other prompts
             buffer = buffer or (prompts, responses)
             taus = [draw_tau(buffer, p, tau_pairs, np.random.default_rng([args.seed, step, i])) for i, p in zip(index, prompts)]
-            prefixed = [common.behind_tau(tok, tau, p, meta["max_length"] - len(p) - len(r)) for tau, p, r in zip(taus, prompts, responses)]
+            prefixed = [common.behind_tau(tok, tau, p, meta["max_length"] // 2, meta["tau_length"]) for tau, p in zip(taus, prompts)]
             tau_ids, tau_attn, _ = common.frame(prefixed, responses, tok.pad_token_id, device)
             q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm") for m in minis])               # (B, T+1)
             buffer = prompts, responses

@@ -29,6 +29,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import ConcatDataset
 
 import common
 
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="first coefficient of the KL penalty (paper 0.2)")
     p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
     p.add_argument("--kl-stop", type=float, default=0.1, help="inner epochs end once KL(old, new) per token passes 1.5 times this (paper 0.1)")
-    p.add_argument("--pairs", default=f"{d.data}/pairs.jsonl", help="reward model: rows {prompt, chosen, rejected} to train on")
+    p.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="reward model: rows {prompt, chosen, rejected} to train on")
     p.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="reward model: rows to measure on")
     p.add_argument("--rm-lr", type=float, default=d.rm_lr, help="reward model: peak learning rate, linear decay (paper 2e-5)")
     p.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="reward model: pairs per step and GPU (paper 4)")
@@ -135,7 +136,8 @@ def scores(model, ids, attn, mask, name="rm"):
 
 def train_reward_model(args, tok, device):
     """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
-    train, heldout = (common.Rows(path, ["prompt", "chosen", "rejected"]) for path in (args.pairs, args.pairs_heldout))
+    keys = ["prompt", "chosen", "rejected"]
+    train, heldout = ConcatDataset([common.Rows(path, keys) for path in args.pairs]), common.Rows(args.pairs_heldout, keys)
     rm = common.load_model(args.init_from, trainable=False)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")
@@ -171,7 +173,7 @@ def train_reward_model(args, tok, device):
             right.append(torch.sub(*forward([heldout[i] for i in common.batch_indices(len(heldout), batch, step, args.seed)])) > 0)
     accuracy = common.mean_over_ranks(dict(accuracy=torch.cat(right).float().mean()))["accuracy"]
     mean, std = common.masked_moments(torch.cat(seen), torch.ones_like(torch.cat(seen)))
-    common.save_adapter(rm, "rm", args.rm, mean=mean.item(), std=std.item(), accuracy=accuracy, init_from=args.init_from)
+    common.save_adapter(rm, "rm", tok, args.rm, mean=mean.item(), std=std.item(), accuracy=accuracy, init_from=args.init_from)
     if common.rank() == 0:
         print(f"reward model: held-out pair accuracy {accuracy:.3f}; wrote {args.rm}")
 
@@ -188,7 +190,7 @@ def main(argv=None):
     if reward is None and not os.path.exists(args.rm):
         train_reward_model(args, tok, device)
     trunk = common.load_model(args.init_from, trainable=False)
-    meta = {} if reward else common.load_adapter(trunk, args.rm, made_by=f"python ppo_baseline.py --model {args.model}")
+    meta = {} if reward else common.load_adapter(trunk, tok, args.rm, made_by=f"python ppo_baseline.py --model {args.model}")
     model, critic_model = common.load_model(args.init_from), common.load_model(args.init_from)
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")

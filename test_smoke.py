@@ -6,6 +6,7 @@ deepspeed and numpy.
 import contextlib
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import train_gvm
 from data import toy, ultrafeedback
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TMP = tempfile.mkdtemp(prefix="dvpo_test_")
+TMP = os.environ.get("T_TMP") or tempfile.mkdtemp(prefix="dvpo_test_")
 PROMPT = "review the soup and the staff ."
 
 
@@ -226,12 +227,13 @@ def test_bos_once_and_behind():
     tok = toy.tokenizer()
     p = common.encode_prompt(tok, PROMPT)
     r = common.encode_response(tok, "the soup was great .")
-    ids = common.behind_tau(tok, [(p, r), (p, r)], p, 1000)
+    ids = common.behind_tau(tok, [(p, r), (p, r)], p, 1000, 99)
     assert ids.count(tok.bos_token_id) == 1 and ids == p + r + p[1:] + r + p[1:]
-    assert common.behind_tau(tok, [(p, r), (p, r)], p, len(p) + len(r)) == p + r + p[1:]        # what does not fit is left out
+    assert common.behind_tau(tok, [(p, r), (p, r)], p, 2 * len(p) + len(r), 99) == p + r + p[1:]     # what does not fit is left out
+    assert common.behind_tau(tok, [(p, r), (p, r)], p, 1000, 2) == p + r[:2] + p[1:] + r[:2] + p[1:]
     chat = tok.apply_chat_template([{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "the soup was great ."},
                                     {"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)
-    assert common.behind_tau(tok, [(p, r)], p, 1000) == list(chat)                 # the same as the template's own conversation
+    assert common.behind_tau(tok, [(p, r)], p, 1000, 99) == list(chat)                 # the same as the template's own conversation
 
 
 def test_chunked_logp_equals_plain():
@@ -347,6 +349,9 @@ def world():
         return
     with contextlib.redirect_stdout(io.StringIO()):
         toy.make(path("toy"), heldout_rows_per_policy=60)
+    for name in ("sft", "gvm", "pairs"):                                          # a few rows, for tests that only want to see it run
+        with open(path("toy", name + "_heldout.jsonl")) as full, open(path("toy", name + "_small.jsonl"), "w") as f:
+            f.writelines(itertools.islice(full, 24))
     run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"), "--max-steps", 500)
     run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 250, "--tau-pairs", 1)
     run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 500, "--tau-pairs", 0)      # no tau: learns faster
@@ -430,7 +435,10 @@ def test_label_goes_on_where_it_stopped():
     assert rows(path("label_b.jsonl"), 48) == straight and len(straight) == 48
     row = json.loads(straight[0])
     assert row["policy"] == "sft" and row["reward"] == toy.gold_reward(row["prompt"], row["response"])
-    assert len(train_gvm.Labelled([path("toy/gvm_heldout.jsonl"), path("label_a.jsonl")]).by_policy["sft"]) == 48
+    both = train_gvm.Labelled([path("toy/gvm_heldout.jsonl"), path("label_a.jsonl")]).by_policy
+    assert [len(both[name]) for name in ("sft", "sft-T1.4", "sft-T1.8")] == [16, 16, 16]
+    pairs, reward = [json.loads(line) for line in open(path("label_a_pairs.jsonl"))], toy.gold_reward
+    assert pairs and all(reward(p["prompt"], p["chosen"]) > reward(p["prompt"], p["rejected"]) for p in pairs)
 
 
 def test_table4_by_hand():
@@ -440,6 +448,185 @@ def test_table4_by_hand():
     assert pairs == 3                                                             # means 2, 2, 1: a tie, a win, a loss
     close(accuracy["mean"], 0.5), close(accuracy["last"], 2 / 3)
     assert train_gvm.table4(rows, [(None, v) for v in q], 0.6)[1] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real models and real data: tokenizers with their quirks, two-layer Llama and Mistral, foreign files
+
+
+def quirky_tokenizer(kind, **more):
+    """Byte-level BPE that behaves like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no pad, no spare id, chat template)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"] if kind == "llama" else ["<unk>", "<s>", "</s>"]
+    bos, eos = special[:2] if kind == "llama" else special[1:]
+    core = Tokenizer(models.BPE(unk_token=None if kind == "llama" else "<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator([" ".join(toy.WORDS)] * 9, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, core.token_to_id(bos))])
+    template = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+                "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}") if kind == "mistral" else None
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, unk_token=None if kind == "llama" else "<unk>",
+                                   chat_template=template, **more)
+
+
+def quirky_model(kind):
+    """A folder with that tokenizer and a two-layer model of that architecture, grouped queries and all."""
+    if not os.path.exists(path(kind)):
+        from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+        tok = quirky_tokenizer(kind)
+        torch.manual_seed(0)
+        config = dict(llama=LlamaConfig, mistral=MistralConfig)[kind](
+            vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind == "llama")
+        if kind == "mistral":                                                     # sampling settings of its own, which must not sneak in
+            model = AutoModelForCausalLM.from_config(config)
+            model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(path(kind)), tok.save_pretrained(path(kind))
+    return path(kind)
+
+
+def test_tokenizers_as_they_are():
+    for kind in ("llama", "mistral"):
+        tok = common.load_tokenizer(quirky_model(kind))
+        assert tok.pad_token_id is not None and tok.pad_token_id != tok.eos_token_id
+        p, r = common.encode_prompt(tok, PROMPT), common.encode_response(tok, "the soup was great .")
+        assert p[0] == tok.bos_token_id and p.count(tok.bos_token_id) == 1 and tok.eos_token_id not in p
+        assert r.count(tok.eos_token_id) == 1 and r[-1] == tok.eos_token_id and tok.bos_token_id not in r
+        assert tok.decode(r, skip_special_tokens=True) == "the soup was great ."
+        assert ("[INST]" in tok.decode(p)) == (kind == "mistral") and ("### Assistant:" in tok.decode(p)) == (kind == "llama")
+        both = common.behind_tau(tok, [(p, r)], p, 1000, 99)
+        assert both.count(tok.bos_token_id) == 1 and both[len(p) + len(r):] == p[1:]
+        eager = quirky_tokenizer(kind, add_eos_token=True)                        # some append eos by themselves, some only claim to
+        assert eager.eos_token_id not in common.encode_prompt(eager, PROMPT) and common.encode_response(eager, "a").count(eager.eos_token_id) == 1
+        chat = [dict(role="user", content="a"), dict(role="assistant", content="b"), dict(role="user", content="c")]
+        assert common.encode_prompt(tok, chat).count(tok.bos_token_id) == 1
+
+
+def test_llama_and_mistral_through_all_stages():
+    """Two layers, their tokenizers' quirks; the policy that --lora saves generates what the policy in memory does, and peft reads its adapter."""
+    world()
+    from transformers import AutoModelForCausalLM
+
+    for kind in ("llama", "mistral"):
+        model, to = quirky_model(kind), lambda stage: path("q", kind, stage)
+        small = ("--model", model, "--batch-size", "4", "--max-steps", "2")
+        run(sft, *small, "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out", to("sft"), "--lr", "1e-2")
+        own = ("--init-from", to("sft") + "/model")
+        run(train_gvm, *small, *own, *GVM[2:3], path("toy/gvm_small.jsonl"), "--heldout", path("toy/gvm_small.jsonl"), "--out", to("gvm"), "--lr", "1e-2")
+        rl = (*small, *own, *RL[2:], "--max-new-tokens", "12", "--mini-batch-size", "2")
+        rows = run(dvpo, *rl, "--gvm", to("gvm") + "/model", "--out", to("dvpo"), "--lora", "--lr", "1e-2")
+        rows += run(ppo_baseline, *rl, "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"), "--rm", to("rm") + "/model",
+                    "--rm-max-steps", "1", "--out", to("ppo"))
+        assert all(r["ratio_first"] == 1.0 for r in rows)
+        tok = common.load_tokenizer(to("dvpo") + "/model")
+        lm = common.load_model(to("sft") + "/model")                              # the policy in memory: trunk and adapter
+        lm.add_adapter("policy", 8, 32)
+        for layer in lm.lora_layers():
+            torch.nn.init.normal_(layer.B["policy"].weight, std=0.3)
+        common.save_model(lm.eval(), tok, path("q", kind, "saved"), "policy")
+        args, prompts = Args(), [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+        args.temperature = 1e-6
+        ids, attn, mask, _ = dvpo.rollout(lm, prompts, tok, args, "cpu", "policy")
+        loaded = AutoModelForCausalLM.from_pretrained(path("q", kind, "saved")).eval()
+        P = ids.shape[1] - mask.shape[1]
+        plain = dict(do_sample=False, top_k=None, temperature=None, pad_token_id=tok.pad_token_id, max_new_tokens=24)
+        assert torch.equal((loaded.generate(ids[:, :P], attention_mask=attn[:, :P], **plain)[:, P:] * mask), ids[:, P:] * mask)
+        try:
+            from peft import PeftModel
+        except ImportError:
+            continue                                                              # optional: pip install peft
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(to("sft") + "/model"), path("q", kind, "saved", "peft")).eval()
+        close(adapted(ids).logits.detach(), loaded(ids).logits.detach(), 1e-4)
+
+
+def test_what_does_not_belong_together_is_refused():
+    world()
+    other = path("other/sft/model")                                               # the SFT model with another chat template: another tokenizer
+    tok = common.load_tokenizer(path("sft/model"))
+    tok.chat_template = tok.chat_template.replace("<assistant>", "<user>")
+    common.load_model(path("sft/model")).lm.save_pretrained(other), tok.save_pretrained(other)
+    for base, gvm, word in (other, path("gvm/model"), "tokenizer"), (path("toy/model"), path("gvm/model"), "another model"):
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                dvpo.main(["--init-from", base, "--gvm", gvm, *RL[2:], "--out", path("x"), "--max-steps", "1"])
+            except SystemExit as e:
+                assert e.code == 2
+        lines = err.getvalue().strip().splitlines()
+        assert len(lines) == 1 and word in lines[0] and "train_gvm.py" in lines[0], err.getvalue()
+
+
+def test_any_jsonl():
+    import gzip
+
+    lines = [json.dumps(dict(prompt=[dict(role="user", content="ü" * i)], response="a\u2028b", reward=i)) for i in range(300)]
+    with gzip.open(path("rows.jsonl.gz"), "wt") as f:
+        f.write("\n".join(lines))
+    rows = common.Rows(path("rows.jsonl.gz"), ["prompt"])
+    assert len(rows) == 300 and [rows[i]["reward"] for i in (299, 0, 150)] == [299, 0, 150]       # any order
+    for line, word in ("{broken", "not JSON"), ('{"response": "x"}', "prompt"):
+        with open(path("bad.jsonl"), "w") as f:
+            f.write("\n".join(lines[:2] + [line]))
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                common.Rows(path("bad.jsonl"), ["prompt"])[2]
+            except SystemExit as e:
+                assert e.code == 2
+        assert "bad.jsonl:3" in err.getvalue() and word in err.getvalue()
+
+
+def test_label_with_a_reward_model():
+    """A sequence-classification checkpoint scores a batch as it scores the rows one by one."""
+    from tools import label
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tok = quirky_tokenizer("llama")
+    torch.manual_seed(0)
+    rm = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                    num_key_value_heads=2, num_labels=1, initializer_range=0.3)).eval()
+    rm.save_pretrained(path("rm_hf")), tok.save_pretrained(path("rm_hf"))
+    prompts, responses = [PROMPT, "review the wine .", PROMPT], ["the soup was great . the staff was kind .", "", "no ."]
+    tok = common.load_tokenizer(path("rm_hf"))
+    want = [rm(torch.tensor([common.encode_prompt(tok, p) + common.encode_response(tok, r)])).logits.item() for p, r in zip(prompts, responses)]
+    close(label.score_with(path("rm_hf"), "cpu")(prompts, responses), want, 1e-5)
+
+
+def test_scratch_model():
+    world()
+    from tools import scratch_model
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        scratch_model.main(["--data", path("toy/sft.jsonl"), "--out", path("scratch"), "--vocab", "400", "--width", "32", "--layers", "2"])
+    tok = common.load_tokenizer(path("scratch"))
+    for text in ("Grüße,\n\n  1. x\t<b>", "the soup was great ."):
+        assert tok.decode(common.encode_response(tok, text), skip_special_tokens=True) == text   # byte-level: any text comes back
+    rows = run(sft, "--model", path("scratch"), "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out", path("scratch_sft"),
+               "--max-steps", "3", "--lr", "1e-2")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_no_hub_is_one_line():
+    world()
+    done = script(sys.executable, "sft.py", "--model", "llama3-3b", "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out", path("x"),
+                  env=dict(HF_HUB_OFFLINE="1", HF_HOME=path("no_hub")))
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and "meta-llama/Llama-3.2-3B" in lines[0] and "licence" in lines[0], done.stderr
+    done = script(sys.executable, "dvpo.py", "--model", "llama3-3b", "--data", path("toy/prompts.jsonl"), "--heldout", path("toy/prompts.jsonl"), "--out", path("x"))
+    assert done.returncode == 2 and done.stderr.strip().endswith("python sft.py --model llama3-3b"), done.stderr
+
+
+def test_optimizer_offload_changes_nothing():
+    world()
+    for zero in ("1", "3"):
+        plain, off = (run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("off"), "--max-steps", 2, "--batch-size", 16, "--mini-batch-size", 8, "--zero", zero, *more)
+                      for more in ((), ("--offload",)))
+        for a, b in zip(plain, off):
+            close(a["loss"], b["loss"], 1e-6), close(a["kl"], b["kl"], 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,13 +51,15 @@ def parse_args(argv=None):
     p.add_argument("--grad-accum", type=int, default=1, help="forward passes that a batch is split into, to save memory")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of tau + prompt + response; tau pairs that do not fit are left out (paper 1024)")
+    p.add_argument("--max-length", type=int, default=d.max_length,
+                   help="tokens of tau + prompt + response; tau and prompt get one half at most, the response what is left (paper 1024)")
     p.add_argument("--td-lambda", type=float, default=0.95,
                    help="0: one-step TD, eq. (1) to the letter; 1: the reward itself is every token's target (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
     p.add_argument("--tau-pairs", type=int, default=None,
                    help=f"most question-answer pairs in tau; 0: no tau (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
+    p.add_argument("--tau-length", type=int, default=d.tau_length, help="tokens of each answer in tau; the rest is cut (paper: not given)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="the adapter is scaled by alpha / rank (paper 32)")
     p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="dropout before the adapter, in training (paper 0.1)")
@@ -146,15 +148,13 @@ class Labelled:
         return list(itertools.islice((r for r in drawn if r["prompt"] != prompt), pairs))
 
 
-def encode(tok, rows, taus, max_length):
+def encode(tok, rows, taus, args):
     """Rows and their tau -> lists of prompt ids (tau in front) and response ids."""
-    prompts, responses = [], []
+    prompts, responses, half = [], [], args.max_length // 2
     for row, tau in zip(rows, taus):
-        prompt = common.encode_prompt(tok, row["prompt"])
-        response = common.encode_response(tok, row["response"])[:max(1, max_length - len(prompt))]
         tau = [(common.encode_prompt(tok, r["prompt"]), common.encode_response(tok, r["response"])) for r in tau]
-        prompts.append(common.behind_tau(tok, tau, prompt, max_length - len(prompt) - len(response)))
-        responses.append(response)
+        prompts.append(common.behind_tau(tok, tau, common.encode_prompt(tok, row["prompt"])[-half:], half, args.tau_length))
+        responses.append(common.encode_response(tok, row["response"])[:args.max_length - len(prompts[-1])])
     return prompts, responses
 
 
@@ -168,7 +168,7 @@ def token_values(gvm, tok, rows, taus, args, device, batch=32):
     found, step = {}, batch * common.world()
     for i in tqdm(range(0, len(rows), step), desc="values", disable=common.rank() != 0, mininterval=1.0, leave=False):
         mine = [j % len(rows) for j in range(i + common.rank(), i + step, common.world())]     # every rank, equally many forwards
-        prompts, responses = encode(tok, [rows[j] for j in mine], [taus[j] for j in mine], args.max_length)
+        prompts, responses = encode(tok, [rows[j] for j in mine], [taus[j] for j in mine], args)
         ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id, device)
         q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm").cpu().numpy()
         found |= {j: (r, v[:len(r) + 1]) for j, r, v in zip(mine, responses, q)}
@@ -262,8 +262,8 @@ def main(argv=None):
     device = common.start(args)
     gvm = common.load_model(args.init_from, trainable=False)
     if args.show or args.eval_only:
-        meta = common.load_adapter(gvm, args.gvm, "python train_gvm.py")
-        args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
+        meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
+        args.tau_pairs, args.tau_length = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs, meta["tau_length"]
         gvm.eval()
     if args.show:
         if args.policy and args.policy not in data.by_policy:
@@ -294,7 +294,7 @@ def main(argv=None):
         rows = [data[i] for i in index]
         draws = [np.random.default_rng([args.seed, step, i]) for i in index]
         taus = [data.tau(r["policy"], r["prompt"], int(g.integers(1, args.tau_pairs + 1)) if args.tau_pairs else 0, g) for r, g in zip(rows, draws)]
-        ids, attn, mask = common.frame(*encode(tok, rows, taus, args.max_length), tok.pad_token_id, device)
+        ids, attn, mask = common.frame(*encode(tok, rows, taus, args), tok.pad_token_id, device)
         reward = torch.tensor([r["reward"] for r in rows], device=device)
         states = torch.nn.functional.pad(mask, (1, 0), value=True)         # (B, T+1): the last prompt token counts too
         n_states = common.all_sum(states.sum())
@@ -318,8 +318,8 @@ def main(argv=None):
 
     # 4. save, measure
     engine.eval()
-    common.save_adapter(gvm, "gvm", os.path.join(args.out, "model"), q_mean=running[0].item(), q_std=running[1].item(),
-                        tau_pairs=args.tau_pairs, max_length=args.max_length, init_from=args.init_from)
+    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), q_mean=running[0].item(), q_std=running[1].item(),
+                        tau_pairs=args.tau_pairs, tau_length=args.tau_length, max_length=args.max_length, init_from=args.init_from)
     result = evaluate(engine, tok, heldout, args, device)
     common.write_json(os.path.join(args.out, "eval.json"), result)
     if common.rank() == 0:

@@ -40,10 +40,10 @@ EOS, STUTTER = "<eos>", "<stutter>"
 class Policy(NamedTuple):
     """How a behaviour policy writes: the probability of each choice and of each kind of blunder."""
     kind: float            # says something positive about the noun
-    wrong: float = 0.02    # answers a noun nobody asked for
+    wrong: float = 0.01    # answers a noun nobody asked for
     stop: float = 0.02     # ends before both nouns are reviewed
-    stutter: float = 0.005 # says the same word twice; the clause is lost
-    slip: float = 0.005    # a random word in place of the right one
+    stutter: float = 0.002 # says the same word twice; the clause is lost
+    slip: float = 0.003    # a random word in place of the right one
     more: float = 0.05     # adds a clause after the second one
     negate: float = 0.3    # uses "not" where it can
     intensify: float = 0.2
@@ -51,15 +51,15 @@ class Policy(NamedTuple):
 
 
 POLICIES = {
-    "expert": Policy(kind=0.98, wrong=0.005, stop=0.005, more=0.02),
-    "good": Policy(kind=0.90, wrong=0.01, stop=0.02),
-    "average": Policy(kind=0.78, wrong=0.02, stop=0.04),
-    "clumsy": Policy(kind=0.60, wrong=0.08, stop=0.20, stutter=0.08, slip=0.05, more=0.2),
-    "poor": Policy(kind=0.12, wrong=0.04, stop=0.08, stutter=0.02, slip=0.01, more=0.1),
+    "expert": Policy(kind=0.99, wrong=0.005, stop=0.005, more=0.02),
+    "good": Policy(kind=0.94, stop=0.02),
+    "average": Policy(kind=0.84, stop=0.04),
+    "clumsy": Policy(kind=0.22, wrong=0.12, stop=0.10, stutter=0.02, slip=0.02, more=0.1),
+    "poor": Policy(kind=0.03, wrong=0.03, stop=0.08, stutter=0.01, slip=0.01),
 }
 
 
-SFT_MIX = {"expert": 0.2, "good": 0.2, "average": 0.4, "clumsy": 0.1, "poor": 0.1}
+SFT_MIX = {"expert": 0.15, "good": 0.1, "average": 0.45, "clumsy": 0.15, "poor": 0.15}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +242,8 @@ def tokenizer():
 def model_config(tok):
     from transformers import GPT2Config
 
-    return GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=64, n_layer=2, n_head=4, initializer_range=0.1, resid_pdrop=0.0, embd_pdrop=0.0,
-                      attn_pdrop=0.0, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    return GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=64, n_layer=2, n_head=4, initializer_range=0.1, activation_function="gelu_pytorch_tanh",
+                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
 
 
 def write_jsonl(path, rows):
@@ -252,7 +252,22 @@ def write_jsonl(path, rows):
     print(f"{path}: {len(rows):,} rows")
 
 
-def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_policy=150):
+def pair_up(rows, rng):
+    """Labelled rows -> pairs {prompt, chosen, rejected, ...} in random order: each row against one on the same prompt that drew another reward."""
+    by_prompt, pairs = {}, []
+    for row in rows:
+        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
+    for group in by_prompt.values():
+        for a, b in zip(group, rng.permutation(np.array(group, dtype=object))):
+            if a["reward"] != b["reward"]:
+                win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
+                pairs.append({"prompt": a["prompt"], "chosen": win["response"], "rejected": lose["response"],
+                              "chosen_policy": win["policy"], "rejected_policy": lose["policy"]})
+    rng.shuffle(pairs)
+    return pairs
+
+
+def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_policy=150):
     """Write the whole world into the folder `out`; the same arguments give the same files, byte for byte."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -293,16 +308,7 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=3000, heldout_rows_per_poli
         rng.shuffle(sft)
         rows = [r for policy in POLICIES for r in itertools.islice(draw(policy), n)]
         rng.shuffle(rows)
-        by_prompt, pairs = {}, []                                    # the reward model sees the same rows as the GVM
-        for row in rows:
-            by_prompt.setdefault(row["prompt"], []).append(row)
-        for group in by_prompt.values():
-            for a, b in zip(group, rng.permutation(np.array(group, dtype=object))):
-                if a["reward"] != b["reward"]:
-                    win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
-                    pairs.append({"prompt": a["prompt"], "chosen": win["response"], "rejected": lose["response"],
-                                  "chosen_policy": win["policy"], "rejected_policy": lose["policy"]})
-        rng.shuffle(pairs)
+        pairs = pair_up(rows, rng)                                   # the reward model sees the same rows as the GVM
         write_jsonl(os.path.join(out, f"sft{part}.jsonl"), sft)
         write_jsonl(os.path.join(out, f"gvm{part}.jsonl"), rows)
         write_jsonl(os.path.join(out, f"pairs{part}.jsonl"), pairs)

@@ -5,8 +5,9 @@
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward-model FOLDER_OR_ID --to rows.jsonl
     python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl   then learns from both
 
-Rows are {prompt, response, reward, policy}; policy is --name. A GVM that never saw the mistakes of the policy it guides is fooled by
-them: a few thousand rows of the SFT model itself, some at temperatures above 1, are cheap cover. Run it again to go on where it stopped.
+Rows are {prompt, response, reward, policy}; policy is --name, with the temperature where that is not 1. A GVM that never saw the mistakes
+of the policy it guides is fooled by them: a few thousand rows of the SFT model itself, some at temperatures above 1, are cheap cover.
+Run it again to go on where it stopped. Beside --to stands the same as pairs, *_pairs.jsonl, for a reward model.
 """
 import argparse
 import json
@@ -15,11 +16,13 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
 import dvpo
+from data.toy import pair_up
 
 
 def score_with(path, device):
@@ -34,9 +37,9 @@ def score_with(path, device):
     rm.config.pad_token_id = tok.pad_token_id
 
     def score(prompts, responses):
-        ids, attn, _ = common.frame([common.encode_prompt(tok, p) for p in prompts], [common.encode_response(tok, r) for r in responses], tok.pad_token_id, device)
-        rows = [row[a.bool()] for row, a in zip(ids, attn)]                     # one by one: no padding to trip over
-        return [rm(row[None]).logits[0, 0].item() for row in rows]
+        rows = [common.encode_prompt(tok, p) + common.encode_response(tok, r) for p, r in zip(prompts, responses)]
+        ids, attn, _ = common.frame([[]] * len(rows), rows, tok.pad_token_id, device)       # right-padded: the head is read at the last real token
+        return rm(ids, attention_mask=attn).logits[:, 0].tolist()
 
     return score
 
@@ -50,7 +53,7 @@ def main(argv=None):
     p.add_argument("--reward-model", default=None, help="sequence-classification checkpoint (UltraRM, say), in place of --reward")
     p.add_argument("--to", default="out/tiny/sft/labelled.jsonl", help="file to write, or to go on with")
     p.add_argument("--name", default=None, help="policy name in the rows (default: the folder's own name)")
-    p.add_argument("--n", type=int, default=3000, help="rows in all")
+    p.add_argument("--n", type=int, default=5000, help="rows in all")
     p.add_argument("--batch-size", type=int, default=64, help="rows per forward pass")
     p.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 1.4, 1.8], help="gone through batch by batch; above 1 makes more mistakes")
     p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
@@ -81,9 +84,13 @@ def main(argv=None):
             mine = [prompts[i % len(prompts)]["prompt"] for i in range(start, min(start + args.batch_size, args.n))]
             ids, attn, mask, ended = dvpo.rollout(policy, [common.encode_prompt(tok, p) for p in mine], tok, args, device)
             texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
-            f.writelines(json.dumps(dict(prompt=p, response=t, reward=s, policy=name)) + "\n" for p, t, s in zip(mine, texts, score(mine, texts)))
+            f.writelines(json.dumps(dict(prompt=p, response=t, reward=s, policy=name + (f"-T{args.temperature:g}" if args.temperature != 1 else ""))) + "\n" for p, t, s in zip(mine, texts, score(mine, texts)))
             f.flush()
             bar.update(len(mine))
+    with open(args.to) as f:
+        pairs = pair_up([json.loads(line) for line in f], np.random.default_rng(args.seed))
+    with open(args.to.removesuffix(".jsonl") + "_pairs.jsonl", "w") as f:
+        f.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
 
 if __name__ == "__main__":
