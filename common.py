@@ -10,6 +10,7 @@ is 1 on real tokens, `mask` (B, T) is True from a_0 up to and including the firs
 from `ids != pad`.
 """
 import argparse
+import array
 import contextlib
 import copy
 import functools
@@ -636,7 +637,7 @@ class Rows:
             self.file.seek(0)
         else:
             self.file = open(path, "rb")
-        self.offsets = [0]
+        self.offsets = array.array("q", [0])
         for line in self.file:
             self.offsets.append(self.offsets[-1] + len(line))
         self.offsets.pop()

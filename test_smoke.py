@@ -569,12 +569,12 @@ def test_any_jsonl():
         f.write("\n".join(lines))
     rows = common.Rows(path("rows.jsonl.gz"), ["prompt"])
     assert len(rows) == 300 and [rows[i]["reward"] for i in (299, 0, 150)] == [299, 0, 150]       # any order
-    for line, word in ("{broken", "not JSON"), ('{"response": "x"}', "prompt"):
+    for line, word in ("{broken", "not JSON"), ('{"response": "x"}', "prompt"), ('{"prompt": "x", "response": "y", "reward": "good"}', "'good'"):
         with open(path("bad.jsonl"), "w") as f:
             f.write("\n".join(lines[:2] + [line]))
         with contextlib.redirect_stderr(io.StringIO()) as err:
             try:
-                common.Rows(path("bad.jsonl"), ["prompt"])[2]
+                train_gvm.Labelled([path("bad.jsonl")])
             except SystemExit as e:
                 assert e.code == 2
         assert "bad.jsonl:3" in err.getvalue() and word in err.getvalue()

@@ -18,6 +18,8 @@ Deviations from the paper
 2. Batch norm, eq. (2), is a flag and off: a Q measured in rewards can be checked against the truth. Its running mean and sigma
    are kept in the checkpoint either way; dvpo.py normalises the advantage with them.
 3. A linear decay of the learning rate, which the paper does not mention.
+4. Of each answer in tau only the first --tau-length tokens are read, and tau and prompt take one half of --max-length at most: three whole
+   answers of 1,024 tokens would leave no room for the response.
 
     python train_gvm.py                                         the embedded world on a CPU
     python train_gvm.py --model llama3-3b                       one GPU
@@ -27,6 +29,8 @@ Deviations from the paper
     python train_gvm.py --show "review the soup and the staff ." "the soup was not bad . the staff was rude ."   figure 4
 """
 import argparse
+import array
+import bisect
 import itertools
 import json
 import math
@@ -115,24 +119,27 @@ class Labelled:
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
     def __init__(self, paths):
-        self.rows = []                                                     # (file, line, side)
+        self.files, self.ends = [], []                                     # (file, sides), number of rows so far
         for path in paths:
             file = common.Rows(path, ["prompt"])
             sides = ("chosen", "rejected") if "chosen" in file[0] else (None,)
-            self.rows += [(file, i, side) for i in range(len(file)) for side in sides]
-        self.by_policy, rewards = {}, []
+            self.files.append((file, sides))
+            self.ends.append(len(self) + len(file) * len(sides))
+        self.by_policy, rewards = {}, array.array("d")                     # arrays: 8 bytes a row, for files that memory does not hold
         for i in tqdm(range(len(self)), desc="reading", disable=common.rank() != 0, mininterval=1.0, leave=False):
             row = self[i]
-            self.by_policy.setdefault(row["policy"], []).append(i)
+            self.by_policy.setdefault(row["policy"], array.array("q")).append(i)
             rewards.append(row["reward"])
         self.about = "%d rows, %d policies, reward mean %.3f, sd %.3f, min %.3f, quartiles %.3f %.3f %.3f, max %.3f" % (
             len(self), len([k for k in self.by_policy if k]), np.mean(rewards), np.std(rewards), *np.quantile(rewards, [0, .25, .5, .75, 1]))
 
     def __len__(self):
-        return len(self.rows)
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, i):
-        file, line, side = self.rows[i]
+        n = bisect.bisect_right(self.ends, i)
+        (file, sides), i = self.files[n], i - (self.ends[n - 1] if n else 0)
+        line, side = i // len(sides), sides[i % len(sides)]
         row = file[line]
         try:
             if side is None:
@@ -140,11 +147,13 @@ class Labelled:
             return dict(prompt=row["prompt"], response=row[side], reward=1.0 if side == "chosen" else -1.0, policy=row.get(side + "_policy"))
         except KeyError as e:
             common.die(f"{file.path}:{line + 1}: key {e} is missing; rows need prompt, response, reward, or prompt, chosen, rejected")
+        except (TypeError, ValueError):
+            common.die(f"{file.path}:{line + 1}: the reward {row['reward']!r} is not a number")
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy name."""
         mine = self.by_policy[policy] if policy is not None and pairs else []
-        drawn = (self[mine[i]] for i in rng.permutation(len(mine))[:2 * pairs])
+        drawn = (self[mine[i]] for i in rng.choice(len(mine), min(len(mine), 2 * pairs), replace=False))
         return list(itertools.islice((r for r in drawn if r["prompt"] != prompt), pairs))
 
 

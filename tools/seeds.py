@@ -71,8 +71,9 @@ def final(folder):
 
 
 def report(seeds):
-    data = dict(machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run, two runs at a time", command="python data/toy.py && python tools/seeds.py", seeds=[])
-    lines = ["# The review world, several seeds", "", f"Command: `{data['command']}`. Machine: {data['machine']}. Equal data, seeds of training and sampling.", "",
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    data = dict(commit=commit, machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run, two runs at a time", command="python data/toy.py && python tools/seeds.py", seeds=[])
+    lines = ["# The review world, several seeds", "", f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Equal data, seeds of training and sampling.", "",
              "| seed | SFT | DVPO final | best | fall | held-out | KL | PPO final | best | fall | held-out | KL |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for seed in seeds:
         root = f"out/seeds/{seed}"
