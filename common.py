@@ -24,10 +24,13 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+import zlib
 
 import torch
 
@@ -57,8 +60,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # Presets. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead; one line a model.
 
 PAPER = {
-    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024),
-    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, tau_length=128, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
+    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024, save_every=500),
+    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, tau_length=128, lora_rank=8, lora_alpha=32, lora_dropout=0.1,
+                save_every=500),
     "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, max_new_tokens=1024,
                max_prompt_length=512, max_steps=1000, kl_coef=0.2, kl_target=6.0, save_every=100, advantage="delta"),
@@ -114,6 +118,8 @@ def flags(doc, argv, *stages):
     d = defaults(p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])[0].model, *stages)
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
     p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 for 3B, 3 for 8B)")
+    p.add_argument("--save-every", type=int, default=d.save_every, help="write a checkpoint to go on from every so many steps, and on SIGTERM and Ctrl-C")
+    p.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out, where there is one")
     p.add_argument("--offload", action="store_true", help="keep the optimizer's states in CPU memory: slower, 12 bytes a trainable parameter less on the GPU (ZeRO 1 to 3)")
     p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's own settings")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
@@ -176,9 +182,7 @@ def start(args):
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
     seed(args)
     os.makedirs(args.out, exist_ok=True)
-    if rank() == 0:
-        with open(os.path.join(args.out, "run.json"), "w") as f:
-            json.dump(vars(args) | dict(world_size=world(), device=str(device)), f, indent=1)
+    write_json(os.path.join(args.out, "run.json"), vars(args) | dict(world_size=world(), device=str(device)))
     return device
 
 
@@ -424,8 +428,7 @@ def save_adapter(model, name, tok, folder, **meta):
             save_file(own, os.path.join(tmp, "adapter.safetensors"))
             with open(os.path.join(tmp, "adapter.json"), "w") as f:
                 json.dump(dict(name=name, **model.adapters[name], trunk=model.fingerprint, tokenizer=tokenizer_print(tok), **meta), f, indent=1)
-    if world() > 1:
-        dist.barrier()                                   # the folder is there before anyone reads it
+    barrier()                                            # the folder is there before anyone reads it
 
 
 def load_adapter(model, tok, folder, made_by):
@@ -691,6 +694,11 @@ def peak_bytes():
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
 def gather_dicts(mine):
     """The union of every rank's dict, on every rank."""
     parts = [None] * world()
@@ -702,18 +710,34 @@ def gather_dicts(mine):
 class Metrics:
     """One JSON line a step in out/metrics.jsonl, the numbers that matter in a bar, DeepSpeed's monitor where it is on."""
 
-    def __init__(self, out, steps, desc, show, engine=None):
-        self.show, self.engine, self.start = show, engine, time.time()
-        self.file = open(os.path.join(out, "metrics.jsonl"), "w") if rank() == 0 else None
-        self.bar = tqdm(total=steps, desc=desc, disable=rank() != 0, dynamic_ncols=True, mininterval=1.0)
+    def __init__(self, out, steps, desc, show, engine=None, first=0):
+        """first: the step of the first row to come; after a resume the file keeps the rows before it and no other."""
+        self.show, self.engine, self.start, self.file = show, engine, time.time(), None
+        if rank() == 0:
+            path, kept = os.path.join(out, "metrics.jsonl"), []
+            if first:
+                with open(path) as f:
+                    kept = list(itertools.islice(f, first))
+                if len(kept) < first or json.loads(kept[-1])["step"] != first - 1:
+                    die(f"{path}: does not hold the steps before {first} that the checkpoint follows; put it back, or start anew without --resume")
+                self.start -= json.loads(kept[-1])["seconds"]
+            self.file = open(path, "w")
+            self.file.writelines(kept)
+        self.bar = tqdm(total=steps, initial=first, desc=desc, disable=rank() != 0, dynamic_ncols=True, mininterval=1.0)
 
     def log(self, step, **metrics):
+        """One line for `step`, means over ranks. Ends the run, exit code 1, where a number is not finite: before a checkpoint of it is written."""
         row = dict(step=step, **mean_over_ranks(metrics), seconds=round(time.time() - self.start, 3), peak_bytes=peak_bytes())
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             self.bar.set_postfix({k: f"{row[k]:.3g}" for k in self.show if k in row}, refresh=False)
         self.bar.update()
+        bad = [k for k, v in row.items() if not math.isfinite(v)]
+        if bad:                                                          # the batch is a function of step and seed: a rerun meets it again
+            if rank() == 0:
+                print(f"\nerror: {', '.join(bad)} at step {step} not finite; nothing of it was saved. Lower --lr, then go on with --resume", file=sys.stderr)
+            raise SystemExit(1)
         if self.engine is not None and self.engine.monitor.enabled and rank() == 0:
             self.engine.monitor.write_events([(k, v, step) for k, v in row.items()])
         return row
@@ -770,8 +794,7 @@ def save_model(model, tok, folder, adapter=None):
             tok.save_pretrained(tmp)
             if adapter:
                 save_peft(model, adapter, os.path.join(tmp, "peft"))
-    if world() > 1:
-        dist.barrier()
+    barrier()
 
 
 def save_peft(model, name, folder):
@@ -785,6 +808,115 @@ def save_peft(model, name, folder):
         peft_type="LORA", task_type="CAUSAL_LM", inference_mode=True, base_model_name_or_path=model.lm.config._name_or_path, r=config["r"],
         lora_alpha=config["alpha"], lora_dropout=config["dropout"], bias="none", target_modules=sorted(layers),
         fan_in_fan_out=isinstance(next(iter(layers.values())).base, Conv1D)))
+
+
+class Checkpoints:
+    """Everything that a run needs to go on, in OUT/checkpoint/step_N: whole, or not there.
+
+    checkpoints = Checkpoints(args, out, policy=engine, ...)
+    first, state = checkpoints.load()                the step to go on with, and what `save` was given; 0 and {} for a new run
+    checkpoints.save(step, name=value, ...)          after each step; writes where one is due: tensors, numbers, lists of them
+
+    Weights and optimizer are DeepSpeed's own files, one set an engine; beside them every rank's random state, and sizes and check sums of it all.
+    Signals (SIGTERM, Ctrl-C) end the run after the step under way, with a checkpoint and exit code 0; a second Ctrl-C ends it at once.
+    """
+
+    def __init__(self, args, out, keep=2, **engines):
+        self.args, self.folder, self.keep, self.engines, self.stop = args, os.path.join(out, "checkpoint"), keep, engines, 0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, _):
+        signal.signal(number, signal.SIG_DFL)
+        self.stop = 1
+
+    def steps(self):
+        """Steps of the checkpoints that are there, the last one first."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted((int(n[5:]) for n in names if re.fullmatch(r"step_\d+", n)), reverse=True)
+
+    def load(self):
+        if not self.args.resume and self.steps():
+            if rank() == 0:                                              # a new run: what an older one left goes out of its way
+                shutil.rmtree(self.folder + ".old", ignore_errors=True)
+                os.rename(self.folder, self.folder + ".old")
+            barrier()
+        if not self.steps():
+            if self.args.resume and rank() == 0:
+                print(f"{self.folder}: nothing there to go on from; starting anew", file=sys.stderr)
+            return 0, {}
+        for step in self.steps():
+            path = os.path.join(self.folder, f"step_{step}")
+            broken = all_max(int(rank() == 0 and not self.whole(path)))
+            if not broken:
+                break
+            if rank() == 0:
+                print(f"{path}: cut short or damaged, going back to the one before it", file=sys.stderr)
+        else:
+            die(f"{self.folder}: no whole checkpoint to go on from; start anew without --resume")
+        with open(os.path.join(path, "run.json")) as f:
+            was = json.load(f)
+        if was["world_size"] != world() or was["zero"] != self.args.zero:
+            die(f"--resume: {path} was written by {was['world_size']} processes at --zero {was['zero']}; go on with as many and the same")
+        differ = [f"--{k.replace('_', '-')} {v} (was {was.get(k)})" for k, v in vars(self.args).items()
+                  if k not in ("resume", "out", "local_rank", "save_every") and json.loads(json.dumps(v)) != was.get(k)]
+        if differ and rank() == 0:
+            print("resuming with other flags than the run had: " + ", ".join(differ), file=sys.stderr)
+        for name, engine in self.engines.items():
+            engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
+        mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
+        torch.set_rng_state(mine["random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["random_cuda"])
+        return step, mine["state"]
+
+    def save(self, step, **state):
+        """`step` has just been done (counted from 0)."""
+        self.stop = all_max(self.stop)
+        if not self.stop and (step + 1) % self.args.save_every:
+            return
+        path = os.path.join(self.folder, f"step_{step + 1}")
+        if not os.path.exists(path):
+            with aside(path) as tmp:
+                tmp = tmp or path + ".tmp"
+                barrier()                                                # rank 0 has made the folder
+                for name, engine in self.engines.items():
+                    engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
+                cuda = dict(random_cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
+                torch.save(dict(cuda, random=torch.get_rng_state(), state=state), os.path.join(tmp, f"rank_{rank()}.pt"))
+                barrier()
+                if rank() == 0:
+                    write_json(os.path.join(tmp, "run.json"), vars(self.args) | dict(world_size=world()))
+                    write_json(os.path.join(tmp, "files.json"), check_sums(tmp))
+            barrier()
+            for old in self.steps()[self.keep:] if rank() == 0 else ():
+                shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
+        if self.stop:
+            if rank() == 0:
+                print(f"\nstopped after step {step}; go on with the same command and --resume", file=sys.stderr)
+            finish()
+            raise SystemExit(0)
+
+    @staticmethod
+    def whole(path):
+        try:
+            with open(os.path.join(path, "files.json")) as f:
+                return json.load(f) == check_sums(path)
+        except (OSError, ValueError):
+            return False
+
+
+def check_sums(folder):
+    """{file: [bytes, CRC-32]} of every file in a folder but the list itself."""
+    sums = {}
+    for path in sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name != "files.json"):
+        crc = 0
+        with open(path, "rb") as f:
+            while block := f.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        sums[os.path.relpath(path, folder)] = [os.path.getsize(path), crc]
+    return sums
 
 
 @torch.no_grad()

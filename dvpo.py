@@ -44,7 +44,6 @@ def parse_args(argv=None):
     p.add_argument("--reward", default=d.reward, help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
     p.add_argument("--out", default=f"{d.out}/dvpo", help="folder to write")
     p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper, figure 3: about 450 at 3B)")
-    p.add_argument("--save-every", type=int, default=d.save_every, help="write the policy every so many steps, and at the end")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
     p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per forward and backward pass (paper 2)")
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per optimizer step (paper 2)")
@@ -124,11 +123,13 @@ def main(argv=None):
     trunk = policy if args.lora else common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
-    metrics = common.Metrics(args.out, args.max_steps, "dvpo", ("gold", "kl", "q_mean", "ended", "length"), policy)
-    kl_coef, buffer = args.kl_coef, None                          # buffer: (prompt ids, response ids) of the last rollouts
-
     common.seed(args)
-    for step in range(args.max_steps):
+    checkpoints = common.Checkpoints(args, args.out, policy=policy)
+    first, state = checkpoints.load()
+    metrics = common.Metrics(args.out, args.max_steps, "dvpo", ("gold", "kl", "q_mean", "ended", "length"), policy, first)
+    kl_coef, buffer = state.get("kl_coef", args.kl_coef), state.get("buffer")      # buffer: (prompt ids, response ids) of the last rollouts
+
+    for step in range(first, args.max_steps):
         clock = common.Clock()
         index = common.batch_indices(len(data), batch, step, args.seed)
         prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
@@ -192,6 +193,7 @@ def main(argv=None):
         kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000
         if (step + 1) % args.save_every == 0:
             common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
+        checkpoints.save(step, kl_coef=kl_coef, buffer=buffer)
     metrics.close()
 
     common.save_model(model, tok, os.path.join(args.out, "model"), adapter)

@@ -44,7 +44,6 @@ def parse_args(argv=None):
     p.add_argument("--gold", default=d.reward, help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
     p.add_argument("--out", default=f"{d.out}/ppo", help="folder to write")
     p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper, figure 3: about 450 at 3B)")
-    p.add_argument("--save-every", type=int, default=d.save_every, help="write the policy every so many steps, and at the end")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
     p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per forward and backward pass (paper 2)")
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per optimizer step (paper 2)")
@@ -147,7 +146,10 @@ def train_reward_model(args, tok, device):
     out = os.path.dirname(args.rm)
     os.makedirs(out, exist_ok=True)
     common.print_models({"trunk (frozen) + RM adapter + head": rm}, out)
-    metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine)
+    common.seed(args)
+    checkpoints = common.Checkpoints(args, out, rm=engine)
+    first, state = checkpoints.load()
+    metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine, first)
 
     def forward(rows):
         """Scores of the chosen and the rejected response of each row, (B,), (B,)."""
@@ -156,8 +158,8 @@ def train_reward_model(args, tok, device):
         return scores(engine, *common.frame(prompts * 2, responses, tok.pad_token_id, device)).chunk(2)
 
     engine.train()
-    seen = []
-    for step in range(steps):
+    seen = [x.to(device) for x in state.get("seen", [])]
+    for step in range(first, steps):
         chosen, rejected = forward([train[i] for i in common.batch_indices(len(train), batch, step, args.seed)])
         loss = pairwise_loss(chosen, rejected)
         common.set_lr(engine, args.rm_lr * (1 - step / steps))
@@ -165,6 +167,7 @@ def train_reward_model(args, tok, device):
         engine.step()
         seen = (seen + [torch.cat([chosen, rejected]).detach()])[-100:]
         metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
+        checkpoints.save(step, seen=seen)
     metrics.close()
     engine.eval()
     right = []
@@ -201,11 +204,13 @@ def main(argv=None):
     trunk = common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
-    metrics = common.Metrics(args.out, args.max_steps, "ppo", ("gold", "kl", "score", "ended", "length"), policy)
-    kl_coef = args.kl_coef
-
     common.seed(args)
-    for step in range(args.max_steps):
+    checkpoints = common.Checkpoints(args, args.out, policy=policy, critic=critic)
+    first, state = checkpoints.load()
+    metrics = common.Metrics(args.out, args.max_steps, "ppo", ("gold", "kl", "score", "ended", "length"), policy, first)
+    kl_coef = state.get("kl_coef", args.kl_coef)
+
+    for step in range(first, args.max_steps):
         clock = common.Clock()
         index = common.batch_indices(len(data), batch, step, args.seed)
         prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
@@ -276,6 +281,7 @@ def main(argv=None):
         kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000
         if (step + 1) % args.save_every == 0:
             common.save_model(model, tok, os.path.join(args.out, "model"))
+        checkpoints.save(step, kl_coef=kl_coef)
     metrics.close()
 
     common.save_model(model, tok, os.path.join(args.out, "model"))

@@ -103,10 +103,13 @@ def main(argv=None):
     policy = common.engine(model, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                 # rows per optimizer step, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
-    metrics = common.Metrics(args.out, steps, "sft", ("loss", "lr"), policy)
+    common.seed(args)
+    checkpoints = common.Checkpoints(args, args.out, policy=policy)
+    first, _ = checkpoints.load()
+    metrics = common.Metrics(args.out, steps, "sft", ("loss", "lr"), policy, first)
 
     policy.train()
-    for step in range(steps):
+    for step in range(first, steps):
         # 1. batch
         rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
         ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), tok.pad_token_id, device)
@@ -122,8 +125,9 @@ def main(argv=None):
             policy.step()
             loss += micro.detach()
 
-        # 3. log
+        # 3. log, save
         metrics.log(step, loss=loss * common.world(), lr=lr, tokens=n_tokens)
+        checkpoints.save(step)
     metrics.close()
 
     # 4. held-out loss, save

@@ -630,6 +630,119 @@ def test_optimizer_offload_changes_nothing():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def resume_cases(zero):
+    """(script, flags) of every stage, four steps with a checkpoint after two."""
+    common_flags = ("--max-steps", "4", "--save-every", "2", "--zero", zero)
+    rl = (*RL, "--batch-size", "16", "--mini-batch-size", "8", *common_flags)
+    gvm = (*GVM[:2], "--data", path("toy/gvm_small.jsonl"), "--heldout", path("toy/gvm_small.jsonl"), "--batch-size", "8", "--lora-dropout", "0.1")
+    return [("sft", sft, ("--init-from", path("toy/model"), "--data", path("toy/sft_small.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--prompts",
+                          path("toy/prompts_heldout.jsonl"), "--batch-size", "8", *common_flags)),
+            ("gvm", train_gvm, (*gvm, *common_flags)), ("dvpo", dvpo, ("--gvm", path("gvm/model"), *rl)),
+            ("lora", dvpo, ("--gvm", path("gvm/model"), "--lora", *rl)),
+            ("ppo", ppo_baseline, ("--rm", path("rm3/model"), "--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"),
+                                   "--rm-max-steps", "2", *rl))]
+
+
+def same_run(a, b):
+    """Two lists of metrics, equal bit for bit but for the clock."""
+    drop = lambda rows: [{k: v for k, v in r.items() if not k.startswith("sec") and k != "peak_bytes"} for r in rows]
+    assert drop(a) == drop(b), (drop(a), drop(b))
+
+
+def rewind(out, to):
+    """What a run killed after step 3 leaves: its first checkpoint and three lines of metrics."""
+    import shutil
+
+    shutil.copytree(out, to)
+    shutil.rmtree(os.path.join(to, "checkpoint", "step_4"))
+    with open(os.path.join(to, "metrics.jsonl")) as f:
+        lines = f.readlines()
+    with open(os.path.join(to, "metrics.jsonl"), "w") as f:
+        f.writelines(lines[:3])
+
+
+def test_resume_equals_a_straight_run():
+    """All stages, ZeRO 0, 1 and 3: metrics and weights bit for bit."""
+    world()
+    for zero in ("0", "1", "3"):
+        for name, stage, argv in resume_cases(zero):
+            straight, again = path("straight", zero, name), path("again", zero, name)
+            rows = run(stage, *argv, "--out", straight)
+            rewind(straight, again)
+            same_run(run(stage, *argv, "--out", again, "--resume"), rows)
+            for key, w in weights(os.path.join(straight, "model")).items():
+                assert torch.equal(w, weights(os.path.join(again, "model"))[key]), (name, zero, key)
+
+
+def test_resume_on_two_ranks():
+    world()
+    for zero in ("1", "3"):
+        _, _, argv = resume_cases(zero)[2]
+        rows = two_ranks("dvpo.py", *argv, "--out", path("straight2", zero))
+        rewind(path("straight2", zero), path("again2", zero))
+        same_run(two_ranks("dvpo.py", *argv, "--resume", "--out", path("again2", zero)), rows)
+
+
+def test_damaged_checkpoint_and_other_flags():
+    """A checkpoint that is cut short is named and the one before it serves; flags that differ are named; nothing at all to go on from is said."""
+    world()
+    _, _, argv = resume_cases("0")[2]
+    out = path("damaged")
+    rows = run(dvpo, *argv, "--out", out)
+    victim = max(glob.glob(os.path.join(out, "checkpoint/step_4/policy/*.pt")), key=os.path.getsize)
+    with open(victim, "r+b") as f:
+        f.seek(os.path.getsize(victim) // 2)
+        f.write(b"\0\1\2\3")                                                     # same size, other bytes
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        dvpo.main([*argv, "--out", out, "--resume", "--clip", "0.3", "--max-steps", "3"])
+    assert "step_4" in err.getvalue() and "--clip 0.3 (was 0.2)" in err.getvalue()
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        same_run([json.loads(line) for line in f][:2], rows[:2])
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        dvpo.main([*argv, "--out", path("empty"), "--resume", "--max-steps", "1"])
+    assert "starting anew" in err.getvalue()
+
+
+def test_not_a_number_ends_the_run():
+    world()
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            sft.main([*resume_cases("0")[0][2], "--out", path("nan"), "--lr", "1e30", "--save-every", "1", "--max-steps", "9"])
+        except SystemExit as e:
+            assert e.code == 1
+    assert "loss at step" in err.getvalue() and "not finite" in err.getvalue()
+    with open(path("nan/metrics.jsonl")) as f:
+        bad = len(f.readlines())
+    assert 1 <= bad < 9 and f"step_{bad}" not in os.listdir(path("nan/checkpoint"))
+
+
+def test_sigterm_saves_and_ends_well():
+    world()
+    import signal
+    import time
+
+    name, _, argv = resume_cases("0")[2]
+    argv = [*argv, "--out", path("term"), "--max-steps", "500", "--save-every", "1000"]
+    process = subprocess.Popen([sys.executable, "dvpo.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})
+    lines = lambda: sum(1 for _ in open(path("term/metrics.jsonl"))) if os.path.exists(path("term/metrics.jsonl")) else 0
+    for _ in range(600):
+        time.sleep(0.1)
+        if lines() >= 3:
+            break
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "--resume" in err, err
+    done = lines()
+    assert 3 <= done < 500 and os.listdir(path("term/checkpoint")) == [f"step_{done}"]
+    rows = run(dvpo, *argv[:-4], "--resume", "--max-steps", str(done + 1))
+    assert [r["step"] for r in rows] == list(range(done + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From outside
 
 

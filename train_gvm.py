@@ -293,11 +293,14 @@ def main(argv=None):
     engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                               # rows per optimizer step, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
-    metrics = common.Metrics(args.out, steps, "gvm", ("loss", "q_mean", "q_std"), engine)
-    running = None
+    common.seed(args)
+    checkpoints = common.Checkpoints(args, args.out, gvm=engine)
+    first, state = checkpoints.load()
+    metrics = common.Metrics(args.out, steps, "gvm", ("loss", "q_mean", "q_std"), engine, first)
+    running = state["running"].to(device) if state else None
 
     engine.train()
-    for step in range(steps):
+    for step in range(first, steps):
         # 1. batch: every row behind a tau of its own policy, 1 to --tau-pairs pairs
         index = common.batch_indices(len(data), batch, step, args.seed)
         rows = [data[i] for i in index]
@@ -319,10 +322,11 @@ def main(argv=None):
             loss += micro.detach()
             q.append(q_m.detach())
 
-        # 3. running moments of Q over response tokens, for dvpo.py; log
+        # 3. running moments of Q over response tokens, for dvpo.py; log, save
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else 0.99 * running + 0.01 * moments
         metrics.log(step, loss=loss * common.world(), q_mean=moments[0], q_std=moments[1], tokens=common.all_sum(mask.sum()))
+        checkpoints.save(step, running=running)
     metrics.close()
 
     # 4. save, measure
