@@ -29,7 +29,8 @@ SCRATCH = ("--vocab", 16384, "--layers", 2, "--width", 256, "--heads", 4, "--con
 SFT = ("--max-length", 256, "--batch-size", 16, "--lr", 2e-3, "--max-steps", 250, "--warmup-steps", 20)
 GVM = ("--max-length", 384, "--tau-length", 48, "--batch-size", 32, "--lr", 2e-3, "--epochs", 1, "--lora-rank", 32, "--lora-alpha", 32, "--lora-dropout", 0,
        "--min-gap", MIN_GAP)
-RUNS = [(tau, norm, 1) for norm in (False, True) for tau in (0, 2, 1, 3)] + [(2, False, 2), (2, False, 3)]       # tau pairs, batch norm, seed
+RUNS = [(0, False, 1), (2, False, 1), (2, True, 1), (3, False, 1), (1, False, 1), (0, True, 1), (1, True, 1), (3, True, 1),
+        (2, False, 2), (2, False, 3)]                                               # tau pairs, batch norm, seed
 
 
 def stage(script, out, *argv, threads=2):
