@@ -596,6 +596,19 @@ def test_label_with_a_reward_model():
     close(label.score_with(path("rm_hf"), "cpu")(prompts, responses), want, 1e-5)
 
 
+def test_sample():
+    world()
+    from tools import sample
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        sample.main(["--policy", path("sft/model"), "--prompts", path("toy/prompts_heldout.jsonl"), "--to", path("answers.json"), "--batch-size", "8"])
+    out = json.load(open(path("answers.json")))
+    assert len(out) == 30 and set(out[0]) == {"instruction", "output", "generator"}
+    assert np.mean([toy.gold_reward(r["instruction"], r["output"]) for r in out]) > -0.5   # answers, not noise
+    talk = subprocess.run([sys.executable, "tools/sample.py", "--policy", path("sft/model")], input=f"{PROMPT}\n\n", cwd=HERE, capture_output=True, text=True)
+    assert talk.returncode == 0 and len(talk.stdout) > 5, talk.stderr
+
+
 def test_scratch_model():
     world()
     from tools import scratch_model
