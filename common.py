@@ -576,7 +576,12 @@ def prompt_ids(tok, prompt, is_text):
 
 def encode_response(tok, text):
     """Response -> ids with eos appended by hand (add_eos_token is ignored by some tokenizers)."""
-    return tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
+    return response_ids(tok, text).tolist()
+
+
+@functools.lru_cache(1 << 15)                           # so do responses; 4 bytes a token
+def response_ids(tok, text):
+    return np.array(tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id], dtype=np.int32)
 
 
 def behind(tok, prefix, ids):
