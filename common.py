@@ -60,23 +60,25 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # Presets. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead; one line a model.
 
 PAPER = {
-    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024, save_every=500),
+    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024, grad_accum=8, save_every=500),
     "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, tau_length=128, lora_rank=8, lora_alpha=32, lora_dropout=0.1,
-                save_every=500),
+                grad_accum=16, save_every=500),
     "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, max_new_tokens=1024,
                max_prompt_length=512, max_steps=1000, kl_coef=0.2, kl_target=6.0, save_every=100, advantage="delta"),
 }
 TINY = {
-    "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_new_tokens=32),
-    "gvm": dict(lr=3e-3, batch_size=64, epochs=9, max_length=256, tau_pairs=2, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
-    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
-    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_new_tokens=32, max_steps=100, kl_coef=0.1),
+    "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_length=256, max_new_tokens=32, grad_accum=1),
+    "gvm": dict(lr=3e-3, batch_size=64, epochs=9, max_length=256, tau_pairs=2, lora_rank=32, lora_alpha=32, lora_dropout=0.0,
+                grad_accum=1),
+    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_alpha=32, lora_dropout=0.0),
+    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_prompt_length=128, max_new_tokens=32, max_steps=100,
+               kl_coef=0.1),
 }
 PRESETS = {
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
                  reward="data/toy.py:gold_reward", true_q="data/toy.py:true_q"),
-    "gpt2": dict(id="gpt2", zero=1),
+    "gpt2": dict(id="gpt2", zero=1, stages=dict(rl=dict(max_new_tokens=512))),          # 1,024 positions
     "llama3-3b": dict(id="meta-llama/Llama-3.2-3B", zero=1),
     "llama3-8b": dict(id="meta-llama/Meta-Llama-3-8B", zero=3),
     "mistral-7b": dict(id="mistralai/Mistral-7B-Instruct-v0.2", zero=3),
@@ -97,9 +99,9 @@ def defaults(model, *stages):
 # Flags and errors
 
 
-def die(message):
-    """End with one line on stderr, what is wrong and how to mend it, and exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def die(message, everywhere=False):
+    """End with one line on stderr, what is wrong and how to mend it, and exit code 2; `everywhere`: also where rank 0 may not see it."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -141,6 +143,10 @@ def check_sizes(args):
     if not rows or not args.batch_size or args.batch_size % rows:
         rule = "--mini-batch-size x --grad-accum" if hasattr(args, "mini_batch_size") else "--grad-accum"
         die(f"--batch-size {args.batch_size}: must be a multiple, not 0, of {rule} = {rows}")
+    for name in ("save_every", "max_new_tokens", "max_prompt_length", "ppo_epochs", "kl_target", "epochs", "max_length", "lora_rank", "rm_batch_size", "rm_epochs", "max_steps",
+                 "rm_max_steps"):
+        if getattr(args, name, None) == 0:
+            die(f"--{name.replace('_', '-')} 0: must be above 0")
     if args.offload and not args.zero:
         die("--offload: needs --zero 1, 2 or 3")
     if not getattr(args, "temperature", 1):
@@ -277,6 +283,13 @@ class LoRA(nn.Module):
         return d.T if isinstance(self.base, Conv1D) else d
 
 
+class Head(nn.Linear):
+    """Scalar head that computes in fp32 whatever its weights' dtype: bf16 would round away the steps of Q from token to token."""
+
+    def forward(self, h):
+        return F.linear(h.float(), self.weight.float(), self.bias.float())
+
+
 class LM(nn.Module):
     """A transformers causal LM in the frame of this file, with named adapters and named scalar heads."""
 
@@ -307,7 +320,7 @@ class LM(nn.Module):
     def add_head(self, name):
         """A scalar head on the last hidden state, zero at first."""
         w = self.lm.get_input_embeddings().weight
-        self.heads[name] = nn.Linear(w.shape[1], 1, dtype=w.dtype, device=w.device)
+        self.heads[name] = Head(w.shape[1], 1, dtype=w.dtype, device=w.device)
         nn.init.zeros_(self.heads[name].weight)
         nn.init.zeros_(self.heads[name].bias)
 
@@ -343,7 +356,7 @@ class LM(nn.Module):
         self.switch(adapter)
         h = self.hidden(ids, attn, T)
         if head is not None:
-            return self.heads[head](h).squeeze(-1).float()
+            return self.heads[head](h).squeeze(-1)
         return token_logp(h[:, :-1], ids[:, -T:], self.lm.get_output_embeddings(), temperature)
 
 
@@ -396,7 +409,17 @@ def load_model(path, trainable=True):
                                                   dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     except (OSError, ValueError) as e:
         die(missing_model(path, e))
+    scales = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1)]
+    if scales:
+        die(f"{path}: this architecture changes the logits after its head ({scales[0]}), which token_logp in common.py does not; add it there first")
     return LM(lm.requires_grad_(trainable)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_context(model, tokens, flags):
+    """Refuse what the positions of the model cannot hold."""
+    context = getattr(model.lm.config, "max_position_embeddings", None)
+    if context and tokens > context:
+        die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
 
 
 def missing_model(path, error):
@@ -412,10 +435,10 @@ def missing_model(path, error):
 
 
 def fingerprint(lm):
-    """Which trunk this is: a hash over the names, shapes and first values of all its weights."""
+    """Which trunk this is: a hash over the names, shapes and first values of all its weights, in bf16, so that CPU and GPU agree."""
     digest = hashlib.sha256()
     for key, w in sorted(lm.state_dict().items()):
-        digest.update(f"{key}{tuple(w.shape)}".encode() + w.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(f"{key}{tuple(w.shape)}".encode() + w.detach().flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -661,9 +684,9 @@ class Rows:
         try:
             row = json.loads(self.file.readline())
         except ValueError as e:
-            die(f"{self.path}:{i + 1}: not JSON ({e})")
+            die(f"{self.path}:{i + 1}: not JSON ({e})", everywhere=True)
         if not isinstance(row, dict) or self.keys - set(row):
-            die(f"{self.path}:{i + 1}: needs the keys {sorted(self.keys)}")
+            die(f"{self.path}:{i + 1}: needs the keys {sorted(self.keys)}", everywhere=True)
         return row
 
 
@@ -721,13 +744,16 @@ class Metrics:
         if rank() == 0:
             path, kept = os.path.join(out, "metrics.jsonl"), []
             if first:
-                with open(path) as f:
-                    kept = list(itertools.islice(f, first))
+                if os.path.exists(path):
+                    with open(path) as f:
+                        kept = list(itertools.islice(f, first))
                 if len(kept) < first or json.loads(kept[-1])["step"] != first - 1:
                     die(f"{path}: does not hold the steps before {first} that the checkpoint follows; put it back, or start anew without --resume")
                 self.start -= json.loads(kept[-1])["seconds"]
-            self.file = open(path, "w")
-            self.file.writelines(kept)
+            with open(path + ".tmp", "w") as f:
+                f.writelines(kept)
+            os.replace(path + ".tmp", path)
+            self.file = open(path, "a")
         self.bar = tqdm(total=steps, initial=first, desc=desc, disable=rank() != 0, dynamic_ncols=True, mininterval=1.0)
 
     def log(self, step, **metrics):
@@ -833,7 +859,8 @@ class Checkpoints:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, _):
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:                                      # a launcher may send SIGTERM twice
+            signal.signal(number, signal.SIG_DFL)
         self.stop = 1
 
     def steps(self):
@@ -842,10 +869,13 @@ class Checkpoints:
         return sorted((int(n[5:]) for n in names if re.fullmatch(r"step_\d+", n)), reverse=True)
 
     def load(self):
-        if not self.args.resume and self.steps():
-            if rank() == 0:                                              # a new run: what an older one left goes out of its way
+        if not self.args.resume:
+            if rank() == 0 and self.steps():                             # a new run: what an older one left goes out of its way
                 shutil.rmtree(self.folder + ".old", ignore_errors=True)
                 os.rename(self.folder, self.folder + ".old")
+                log = os.path.join(os.path.dirname(self.folder), "metrics.jsonl")
+                if os.path.exists(log):
+                    shutil.copy(log, self.folder + ".old")
             barrier()
         if not self.steps():
             if self.args.resume and rank() == 0:
@@ -858,6 +888,8 @@ class Checkpoints:
                 break
             if rank() == 0:
                 print(f"{path}: cut short or damaged, going back to the one before it", file=sys.stderr)
+                os.rename(path, path + ".damaged")
+            barrier()
         else:
             die(f"{self.folder}: no whole checkpoint to go on from; start anew without --resume")
         with open(os.path.join(path, "run.json")) as f:
@@ -882,21 +914,20 @@ class Checkpoints:
         if not self.stop and (step + 1) % self.args.save_every:
             return
         path = os.path.join(self.folder, f"step_{step + 1}")
-        if not os.path.exists(path):
-            with aside(path) as tmp:
-                tmp = tmp or path + ".tmp"
-                barrier()                                                # rank 0 has made the folder
-                for name, engine in self.engines.items():
-                    engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
-                cuda = dict(random_cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
-                torch.save(dict(cuda, random=torch.get_rng_state(), state=state), os.path.join(tmp, f"rank_{rank()}.pt"))
-                barrier()
-                if rank() == 0:
-                    write_json(os.path.join(tmp, "run.json"), vars(self.args) | dict(world_size=world()))
-                    write_json(os.path.join(tmp, "files.json"), check_sums(tmp))
+        with aside(path) as tmp:
+            tmp = tmp or path + ".tmp"
+            barrier()                                                    # rank 0 has made the folder
+            for name, engine in self.engines.items():
+                engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
+            cuda = dict(random_cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
+            torch.save(dict(cuda, random=torch.get_rng_state(), state=state), os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
-            for old in self.steps()[self.keep:] if rank() == 0 else ():
-                shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
+            if rank() == 0:
+                write_json(os.path.join(tmp, "run.json"), vars(self.args) | dict(world_size=world()))
+                write_json(os.path.join(tmp, "files.json"), check_sums(tmp))
+        barrier()
+        for old in self.steps()[self.keep:] if rank() == 0 else ():
+            shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
         if self.stop:
             if rank() == 0:
                 print(f"\nstopped after step {step}; go on with the same command and --resume", file=sys.stderr)
@@ -944,7 +975,7 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
             sums[k] = sums.get(k, 0.0) + v / count
     write_json(os.path.join(args.out, "summary.json"), dict(sums, rollouts=count * args.batch_size * world(), peak_bytes=peak_bytes()))
     if rank() == 0:
-        print("held-out prompts: " + ", ".join(f"{k} {v:.3f}" for k, v in sums.items()) + f"; wrote {args.out}/model")
+        print("fresh answers to --heldout: " + ", ".join(f"{k} {v:.3f}" for k, v in sums.items()) + f"; wrote {args.out}/model")
     return sums
 
 

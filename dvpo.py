@@ -112,7 +112,9 @@ def main(argv=None):
 
     # Models: the policy, and one frozen trunk for reference and GVM. With --lora the policy is an adapter on that trunk.
     trunk = common.load_model(args.init_from, trainable=False)
+    common.check_context(trunk, args.max_prompt_length + args.max_new_tokens, "--max-prompt-length and --max-new-tokens")
     meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+    common.check_context(trunk, meta["max_length"] // 2 + args.max_new_tokens, "tau (half the GVM's --max-length) and --max-new-tokens")
     tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     model, adapter = (trunk, "policy") if args.lora else (common.load_model(args.init_from), None)
     if args.lora:

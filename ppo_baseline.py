@@ -12,10 +12,10 @@ Reward model (Bradley-Terry): L = -log sigmoid(r(x, chosen) - r(x, rejected)), r
     A = GAE(reward, V), gamma 1, lambda 0.95, whitened;   critic: 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2), G = A + V_old
 
 The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share one frozen trunk, as
-reference and GVM do in dvpo.py: PPO is given every saving that DVPO has. `diff dvpo.py ppo_baseline.py` is the method.
+reference and GVM do in dvpo.py: PPO is given every saving that DVPO has but --lora. `diff dvpo.py ppo_baseline.py` is the method.
 
 Choices the paper leaves open
-1. Rewards are the reward model's scores less their mean, in units of their standard deviation, over its training data.
+1. Rewards are the reward model's scores less their mean, in units of their standard deviation, over the last 100 batches of its training.
 2. A response without <eos> pays --missing-eos-penalty.
 3. KL coefficient and early stop as in dvpo.py.
 
@@ -153,8 +153,8 @@ def train_reward_model(args, tok, device):
 
     def forward(rows):
         """Scores of the chosen and the rejected response of each row, (B,), (B,)."""
-        prompts = [common.encode_prompt(tok, r["prompt"]) for r in rows]
-        responses = [common.encode_response(tok, r[side])[:max(1, args.max_length - len(p))] for side in ("chosen", "rejected") for r, p in zip(rows, prompts)]
+        prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows]
+        responses = [common.encode_response(tok, r[side])[:args.max_length - len(p)] for side in ("chosen", "rejected") for r, p in zip(rows, prompts)]
         return scores(engine, *common.frame(prompts * 2, responses, tok.pad_token_id, device)).chunk(2)
 
     engine.train()
@@ -193,7 +193,8 @@ def main(argv=None):
     if reward is None and not os.path.exists(args.rm):
         train_reward_model(args, tok, device)
     trunk = common.load_model(args.init_from, trainable=False)
-    meta = {} if reward else common.load_adapter(trunk, tok, args.rm, made_by=f"python ppo_baseline.py --model {args.model}")
+    common.check_context(trunk, args.max_prompt_length + args.max_new_tokens, "--max-prompt-length and --max-new-tokens")
+    meta = {} if reward else common.load_adapter(trunk, tok, args.rm, made_by=f"rm -r {args.rm}; python ppo_baseline.py --model {args.model}")
     model, critic_model = common.load_model(args.init_from), common.load_model(args.init_from)
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")

@@ -32,11 +32,11 @@ def parse_args(argv=None):
     p.add_argument("--out", default=f"{d.out}/sft", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per optimizer step and GPU (paper 16)")
-    p.add_argument("--grad-accum", type=int, default=1, help="forward passes that a batch is split into, to save memory")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes that a batch is split into, to save memory")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
     p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="steps of linear warm-up (paper 2)")
     p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response; longer responses are cut")
+    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response; prompts get one half at most, responses what is left")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
     p.add_argument("--reward", default=d.reward, help="FILE.py:function(prompt, response) -> float, scores samples at the end")
     return common.parse(p, argv)
@@ -55,8 +55,8 @@ def cosine(step, steps, warmup):
 
 
 def encode(tok, rows, max_length):
-    prompts = [common.encode_prompt(tok, r["prompt"]) for r in rows]
-    return prompts, [common.encode_response(tok, r["response"])[:max(1, max_length - len(p))] for p, r in zip(prompts, rows)]
+    prompts = [common.encode_prompt(tok, r["prompt"])[-(max_length // 2):] for r in rows]
+    return prompts, [common.encode_response(tok, r["response"])[:max_length - len(p)] for p, r in zip(prompts, rows)]
 
 
 @torch.no_grad()
@@ -80,12 +80,14 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
 
     plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=args.max_new_tokens,      # the bare distribution,
                              eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)                     # whatever the model's own config says
-    scores = []
+    scores, own = [], actor.lm.generation_config
+    actor.lm.generation_config = plain                          # generate() would fill every gap in `plain` from the model's own
     for i in range(-(-n // (args.batch_size * common.world()))):
         prompts = [rows[(i * args.batch_size * common.world() + j * common.world() + common.rank()) % len(rows)]["prompt"] for j in range(args.batch_size)]
         ids, attn, _ = common.frame([common.encode_prompt(tok, p) for p in prompts], [[] for _ in prompts], tok.pad_token_id, device)
         said = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
         scores += [reward(p, tok.decode(s, skip_special_tokens=True)) for p, s in zip(prompts, said)]
+    actor.lm.generation_config = own
     return sum(scores) / len(scores)
 
 
@@ -98,6 +100,7 @@ def main(argv=None):
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
     model = common.load_model(args.init_from)
+    common.check_context(model, args.max_length, "--max-length")
     common.print_models({"policy": model}, args.out)
     actor = common.actor(model, args) if reward else model
     policy = common.engine(model, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)

@@ -481,7 +481,7 @@ def quirky_model(kind):
         torch.manual_seed(0)
         config = dict(llama=LlamaConfig, mistral=MistralConfig)[kind](
             vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=512, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind == "llama")
+            max_position_embeddings=2048, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind == "llama")
         if kind == "mistral":                                                     # sampling settings of its own, which must not sneak in
             model = AutoModelForCausalLM.from_config(config)
             model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)

@@ -16,7 +16,7 @@ Q is also trained at the last prompt token, t = -1, towards gamma G_0: that is V
 Deviations from the paper
 1. TD(lambda) with lambda 0.95; the paper's lambda = 0 carries the reward back by one token an update (--td-lambda 0).
 2. Batch norm, eq. (2), is a flag and off: a Q measured in rewards can be checked against the truth. Its running mean and sigma
-   are kept in the checkpoint either way; dvpo.py normalises the advantage with them.
+   are kept in the checkpoint either way; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
 4. Of each answer in tau only the first --tau-length tokens are read, and tau and prompt take one half of --max-length at most: three whole
    answers of 1,024 tokens would leave no room for the response.
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per optimizer step and GPU (paper 32)")
-    p.add_argument("--grad-accum", type=int, default=1, help="forward passes that a batch is split into, to save memory")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes that a batch is split into, to save memory")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length,
@@ -146,9 +146,9 @@ class Labelled:
                 return dict(prompt=row["prompt"], response=row["response"], reward=float(row["reward"]), policy=row.get("policy"))
             return dict(prompt=row["prompt"], response=row[side], reward=1.0 if side == "chosen" else -1.0, policy=row.get(side + "_policy"))
         except KeyError as e:
-            common.die(f"{file.path}:{line + 1}: key {e} is missing; rows need prompt, response, reward, or prompt, chosen, rejected")
+            common.die(f"{file.path}:{line + 1}: key {e} is missing; rows need prompt, response, reward, or prompt, chosen, rejected", everywhere=True)
         except (TypeError, ValueError):
-            common.die(f"{file.path}:{line + 1}: the reward {row['reward']!r} is not a number")
+            common.die(f"{file.path}:{line + 1}: the reward {row['reward']!r} is not a number", everywhere=True)
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy name."""
@@ -270,9 +270,11 @@ def main(argv=None):
     data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)
     gvm = common.load_model(args.init_from, trainable=False)
+    common.check_context(gvm, args.max_length, "--max-length")
     if args.show or args.eval_only:
         meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
-        args.tau_pairs, args.tau_length = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs, meta["tau_length"]
+        args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
+        args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
         gvm.eval()
     if args.show:
         if args.policy and args.policy not in data.by_policy:

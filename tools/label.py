@@ -31,9 +31,12 @@ def score_with(path, device):
 
     tok = common.load_tokenizer(path)
     try:
-        rm = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, use_safetensors=True).to(device).eval()
+        rm, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError) as e:
         common.die(common.missing_model(path, e))
+    if info["missing_keys"]:
+        common.die(f"--reward-model {path}: not a reward model, it has no weights for {sorted(info['missing_keys'])}")
+    rm.to(device).eval()
     rm.config.pad_token_id = tok.pad_token_id
 
     def score(prompts, responses):
@@ -50,7 +53,7 @@ def main(argv=None):
     p.add_argument("--policy", default="out/tiny/sft/model", help="transformers folder or hub id to sample from")
     p.add_argument("--prompts", default="data/toy/prompts.jsonl", help="rows {prompt}; they are gone through in turn")
     p.add_argument("--reward", default="data/toy.py:gold_reward", help="FILE.py:function(prompt, response) -> float")
-    p.add_argument("--reward-model", default=None, help="sequence-classification checkpoint (UltraRM, say), in place of --reward")
+    p.add_argument("--reward-model", default=None, help="sequence-classification checkpoint with one label, in place of --reward")
     p.add_argument("--to", default="out/tiny/sft/labelled.jsonl", help="file to write, or to go on with")
     p.add_argument("--name", default=None, help="policy name in the rows (default: the folder's own name)")
     p.add_argument("--n", type=int, default=5000, help="rows in all")

@@ -26,8 +26,8 @@ import train_gvm
 UNSEEN = ("FuseChat-Llama-3.1-8B-Instruct", "jina-chat", "pythia-12b-mix-sft")      # one of the best, one of the middle, one of the last
 MIN_GAP = 0.1
 SCRATCH = ("--vocab", 16384, "--layers", 2, "--width", 256, "--heads", 4, "--context", 384)
-SFT = ("--max-length", 256, "--batch-size", 16, "--lr", 2e-3, "--max-steps", 250, "--warmup-steps", 20)
-GVM = ("--max-length", 384, "--tau-length", 48, "--batch-size", 32, "--lr", 2e-3, "--epochs", 1, "--lora-rank", 32, "--lora-alpha", 32, "--lora-dropout", 0,
+SFT = ("--max-length", 192, "--batch-size", 16, "--lr", 2e-3, "--max-steps", 150, "--warmup-steps", 20, "--grad-accum", 2)
+GVM = ("--max-length", 320, "--tau-length", 40, "--batch-size", 32, "--grad-accum", 2, "--lr", 2e-3, "--epochs", 1, "--lora-rank", 32, "--lora-alpha", 32, "--lora-dropout", 0,
        "--min-gap", MIN_GAP)
 RUNS = [(0, False, 1), (2, False, 1), (2, True, 1), (3, False, 1), (1, False, 1), (0, True, 1), (1, True, 1), (3, True, 1),
         (2, False, 2), (2, False, 3)]                                               # tau pairs, batch norm, seed
