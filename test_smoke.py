@@ -594,6 +594,42 @@ def test_label_with_a_reward_model():
     tok = common.load_tokenizer(path("rm_hf"))
     want = [rm(torch.tensor([common.encode_prompt(tok, p) + common.encode_response(tok, r)])).logits.item() for p, r in zip(prompts, responses)]
     close(label.score_with(path("rm_hf"), "cpu")(prompts, responses), want, 1e-5)
+    refused(lambda: label.score_with(quirky_model("llama"), "cpu"), "not a reward model")           # it would score with a random head
+
+
+def refused(f, *words):
+    """f() ends with exit code 2 and one line on stderr that holds the words."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            f()
+            raise AssertionError("not refused")
+        except SystemExit as e:
+            assert e.code == 2
+    lines = err.getvalue().strip().splitlines()
+    assert len(lines) == 1 and all(w in lines[0] for w in words), lines
+
+
+def test_models_that_would_train_on_wrong_numbers_are_refused():
+    world()
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                                   head_dim=8)).save_pretrained(path("gemma"))
+    refused(lambda: common.load_model(path("gemma")), "final_logit_softcapping")
+    flags = ("--gvm", path("gvm/model"), *RL, "--out", path("x"))
+    refused(lambda: dvpo.main([*flags, "--max-new-tokens", "200"]), "positions", "256")
+    refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")
+
+
+def test_heads_compute_in_fp32_over_a_bf16_trunk():
+    model = tiny_gpt2().bfloat16()
+    model.add_head("v")
+    torch.nn.init.normal_(model.heads["v"].weight)
+    _, _, ids, attn, mask = example_frame(toy.tokenizer())
+    with torch.no_grad():
+        value, h = model(ids, attn, mask.shape[1], head="v"), model.hidden(ids, attn, mask.shape[1])
+    assert value.dtype == torch.float32
+    close(value, (h.double() @ model.heads["v"].weight[0].double()).float(), 1e-4)                  # bf16 would miss by 1e-2
 
 
 def test_sample():
@@ -712,6 +748,7 @@ def test_damaged_checkpoint_and_other_flags():
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         dvpo.main([*argv, "--out", out, "--resume", "--clip", "0.3", "--max-steps", "3"])
     assert "step_4" in err.getvalue() and "--clip 0.3 (was 0.2)" in err.getvalue()
+    assert sorted(os.listdir(os.path.join(out, "checkpoint"))) == ["step_2", "step_4.damaged"]
     with open(os.path.join(out, "metrics.jsonl")) as f:
         same_run([json.loads(line) for line in f][:2], rows[:2])
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
