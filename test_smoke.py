@@ -515,7 +515,7 @@ def test_llama_and_mistral_through_all_stages():
 
     for kind in ("llama", "mistral"):
         model, to = quirky_model(kind), lambda stage: path("q", kind, stage)
-        small = ("--model", model, "--batch-size", "4", "--max-steps", "2")
+        small = ("--model", model, "--batch-size", "4", "--grad-accum", "1", "--max-steps", "2")
         run(sft, *small, "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out", to("sft"), "--lr", "1e-2")
         own = ("--init-from", to("sft") + "/model")
         run(train_gvm, *small, *own, *GVM[2:3], path("toy/gvm_small.jsonl"), "--heldout", path("toy/gvm_small.jsonl"), "--out", to("gvm"), "--lr", "1e-2")
@@ -871,7 +871,7 @@ if __name__ == "__main__":
                 test()
                 passed += 1
                 print(f"{name:<52} ok {time.time() - start:6.1f} s", flush=True)
-            except Exception:
+            except (Exception, SystemExit):
                 import traceback
 
                 failed += 1
