@@ -334,27 +334,27 @@ class LM(nn.Module):
         rest = {k.replace(".base.", "."): v for k, v in self.lm.state_dict().items() if not re.search(r"\.[AB]\.\w+\.weight$", k)}
         return rest | out
 
-    def hidden(self, ids, attn, T):
+    def hidden(self, ids, attn, T, cache=None):
         """Last hidden states at the last prompt token and at each response token: (B, P+T) -> (B, T+1, D).
 
         Rows are moved left against the wall first, so that causal attention alone hides the padding: no mask, the fast
-        attention kernel, and positions that count from 0.
+        attention kernel, and positions that count from 0. A cache (B rows) stands in front of them, and grows by them.
         """
         (B, L), left, length = ids.shape, attn.argmax(1, keepdim=True), int(attn.sum(1).max())
         positions = torch.arange(length, device=ids.device)
         ids = ids.gather(1, (positions + left).clamp(max=L - 1))
-        h = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        h = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(max=length - 1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
-    def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0):
+    def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at each of the T+1 states, (B, T+1).
 
         Both fp32. Entry t of the log-probs is read BEFORE a_t; entry 0 of the scalars stands at the last prompt token, entry
         t+1 AFTER a_t.
         """
         self.switch(adapter)
-        h = self.hidden(ids, attn, T)
+        h = self.hidden(ids, attn, T, cache)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
         return token_logp(h[:, :-1], ids[:, -T:], self.lm.get_output_embeddings(), temperature)
@@ -373,6 +373,26 @@ def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=1024):
     parts = [checkpoint(part, h[i:i + chunk], y[i:i + chunk], use_reentrant=False) if torch.is_grad_enabled()
              else part(h[i:i + chunk], y[i:i + chunk]) for i in range(0, len(y), chunk)]
     return torch.cat(parts).view_as(targets)
+
+
+def read_prefix(model, prefix, adapter, head, device):
+    """Read once what stands in front of many rows: ids -> rows(n), which gives the cache of n such rows for `LM.forward`.
+
+    Every rank runs the forward, also one whose prefix is empty, or ZeRO-3 would hang.
+    """
+    cache = DynamicCache() if all_max(len(prefix)) else None
+    if cache is not None:
+        ids = torch.tensor([prefix or [0]], device=device)
+        model(ids, torch.ones_like(ids), 0, adapter, head=head, cache=cache)
+
+    def rows(n):
+        if not prefix:
+            return None
+        mine = copy.deepcopy(cache)                      # a forward appends to its cache
+        mine.batch_repeat_interleave(n)
+        return mine
+
+    return rows
 
 
 class Decoder:

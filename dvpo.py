@@ -21,7 +21,8 @@ Deviations from the paper
    advantage, which a frozen Q over deterministic transitions gives for free. --advantage q is the paper's A = Q~.
 3. The KL penalty is in A_t and its coefficient adapts to --kl-target (Ziegler et al., arXiv 1909.08593); the paper's "target KL
    0.1" is, as in its authors' code, the early stop of the inner epochs.
-4. Batch sizes are per GPU, see sft.py.
+4. One tau serves all rows of a step (they share a policy), so the GVM reads it once. It may hold an answer to a row's own prompt.
+5. Batch sizes are per GPU, see sft.py.
 
     python dvpo.py                                              the embedded world on a CPU
     python dvpo.py --model llama3-3b --lora                     one GPU
@@ -149,12 +150,13 @@ def main(argv=None):
             old_logp = torch.cat([policy(ids[m], attn[m], T, adapter, temperature=args.temperature) for m in minis])
             ref_logp = torch.cat([trunk(ids[m], attn[m], T, None, temperature=args.temperature) for m in minis])
 
-            # 3. value: each row behind a tau of the policy's own latest answers to other prompts
-            buffer = buffer or (prompts, responses)
-            taus = [draw_tau(buffer, p, tau_pairs, np.random.default_rng([args.seed, step, i])) for i, p in zip(index, prompts)]
-            prefixed = [common.behind_tau(tok, tau, p, meta["max_length"] // 2, meta["tau_length"]) for tau, p in zip(taus, prompts)]
-            tau_ids, tau_attn, _ = common.frame(prefixed, responses, tok.pad_token_id, device)
-            q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm") for m in minis])               # (B, T+1)
+            # 3. value, behind one tau for all rows (they share a policy), read once: some of the policy's own latest answers
+            prefix = draw_tau(buffer or (prompts, responses), tau_pairs, np.random.default_rng([args.seed, step, common.rank()]))
+            prefix = common.behind_tau(tok, prefix, [], meta["max_length"] // 2 - max(map(len, prompts)), meta["tau_length"])
+            behind = [common.behind(tok, prefix, p)[len(prefix):] for p in prompts]                            # bos comes once
+            tau_ids, tau_attn, _ = common.frame(behind, responses, tok.pad_token_id, device)
+            tau = common.read_prefix(trunk, prefix, "gvm", "gvm", device)
+            q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm", cache=tau(len(m))) for m in minis])    # (B, T+1)
             buffer = prompts, responses
 
         # 4. advantage
@@ -203,10 +205,10 @@ def main(argv=None):
     common.evaluate(rollout, actor, policy, trunk, tok, heldout, reward, args, device, adapter)
 
 
-def draw_tau(buffer, prompt, pairs, rng):
-    """Up to `pairs` (prompt ids, response ids) out of the buffer, on prompts other than this one."""
-    others = [(p, r) for p, r in zip(*buffer) if p != prompt]
-    return [others[i] for i in rng.permutation(len(others))[:pairs]]
+def draw_tau(buffer, pairs, rng):
+    """Up to `pairs` (prompt ids, response ids) out of the buffer."""
+    buffer = list(zip(*buffer))
+    return [buffer[i] for i in rng.permutation(len(buffer))[:pairs]]
 
 
 if __name__ == "__main__":

@@ -210,6 +210,30 @@ def test_left_padding_changes_nothing():
     close(outs[0], outs[1], 1e-6)
 
 
+def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
+    """The GVM behind one cached tau == behind the same tau in front of each row; and the cache can be used again."""
+    tok = toy.tokenizer()
+    for model in (tiny_gpt2(), tiny_llama()):
+        model.add_adapter("gvm", 4, 8.0), model.add_head("gvm")
+        for k, p in model.named_parameters():
+            if ".B." in k or "heads" in k:
+                torch.nn.init.normal_(p, std=0.1)
+        prompts, responses, ids, attn, mask = example_frame(tok)
+        prefix = prompts[1] + responses[1]
+        long = common.frame([prefix + p for p in prompts], responses, tok.pad_token_id)
+        with torch.no_grad():
+            tau = common.read_prefix(model, prefix, "gvm", "gvm", "cpu")
+            for _ in range(2):
+                close(model(ids, attn, mask.shape[1], "gvm", head="gvm", cache=tau(2))[mask_and_first(mask)],
+                      model(*long[:2], mask.shape[1], "gvm", head="gvm")[mask_and_first(mask)], 1e-5)
+            assert common.read_prefix(model, [], "gvm", "gvm", "cpu")(2) is None
+        assert (model(ids, attn, mask.shape[1], "gvm", head="gvm") - model(*long[:2], mask.shape[1], "gvm", head="gvm")).abs().max() > 1e-3   # it does matter
+
+
+def mask_and_first(mask):
+    return torch.nn.functional.pad(mask, (1, 0), value=True)
+
+
 def test_eos_is_trained_although_pad_may_equal_eos():
     tok = toy.tokenizer()
     tok.pad_token = tok.eos_token
