@@ -39,6 +39,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 import numpy as np
+import psutil
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
@@ -360,7 +361,10 @@ class LM(nn.Module):
         return token_logp(h[:, :-1], ids[:, -T:], self.lm.get_output_embeddings(), temperature)
 
 
-def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=1024):
+CHUNK = 1024                                             # positions whose logits exist at one time
+
+
+def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=CHUNK):
     """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (B, T, D), (B, T) -> (B, T).
 
     In chunks of positions under activation checkpointing: the (B, T, V) logits never exist at once, forward or backward.
@@ -429,10 +433,18 @@ def load_model(path, trainable=True):
                                                   dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     except (OSError, ValueError) as e:
         die(missing_model(path, e))
-    scales = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1)]
-    if scales:
-        die(f"{path}: this architecture changes the logits after its head ({scales[0]}), which token_logp in common.py does not; add it there first")
-    return LM(lm.requires_grad_(trainable)).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = LM(lm.requires_grad_(trainable)).to("cuda" if torch.cuda.is_available() else "cpu")
+    check_logits(model, path)
+    return model
+
+
+@torch.no_grad()
+def check_logits(model, path):
+    """Refuse an architecture that caps or scales its logits after the head: compare one short row with what the model itself says."""
+    ids = torch.arange(1, 17, device=next(model.parameters()).device)[None] % model.lm.config.get_text_config().vocab_size
+    own = model.lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if (own - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.01 * own.abs().max():
+        die(f"{path}: this architecture changes the logits after its head (a soft cap, a scale), which token_logp in common.py does not; add it there first")
 
 
 def check_context(model, tokens, flags):
@@ -495,18 +507,60 @@ def load_adapter(model, tok, folder, made_by):
     return meta
 
 
-def print_models(models, out):
-    """Table of what the stage holds, models {role: module}; also in out/models.json."""
-    sizes = {}
-    for role, m in models.items():
-        ps = list(m.parameters())
-        sizes[role] = dict(parameters=sum(p.numel() for p in ps), trainable=sum(p.numel() for p in ps if p.requires_grad),
-                           bytes=sum(p.numel() * p.element_size() for p in ps))
+def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
+    """What a stage is going to hold, a line each, against what the device has; ends the run, with advice, where it cannot fit.
+
+    models {role: LM}; rows x length tokens, `sampled` of each row's under the log-softmax: its largest forward with a backward; decode: rows, tokens of
+    the KV cache. Also in OUT/memory.json. Agrees with the peak of dvpo.py and ppo_baseline.py to 15 % (results/bench_cpu.md).
+    """
+    n, cuda, MB = world(), torch.cuda.is_available(), 2**20
+    sizes = {role: sum(p.numel() * p.element_size() for p in m.parameters()) for role, m in models.items()}
+    trained = {role: sum(p.numel() for p in m.parameters() if p.requires_grad) for role, m in models.items()}
+    element = next(next(iter(models.values())).parameters()).element_size()
+    shard = lambda stage: n if args.zero >= stage else 1
+    states = (12 if element == 2 else 12 if args.zero else 8) / shard(1)   # Adam's two moments; a master copy, unless plain fp32 without ZeRO
+    probes = {role: probe(m) for role, m in models.items() if trained[role]}
+    vocab = next(iter(models.values())).lm.config.get_text_config().vocab_size
+    chunk = min(CHUNK, rows * sampled)
+    plan = {"python and libraries": 0 if cuda else max(0, resident() - sum(sizes.values()))}
+    plan |= {f"{role}: weights": size / shard(3) for role, size in sizes.items()}
+    plan |= {f"{role}: a copy to decode with": size for role, size in list(sizes.items())[:1] if decode[0] and args.zero == 3}
+    plan |= {f"{role}: gradients": count * element / shard(2) for role, count in trained.items() if count}
+    plan |= {f"{role}: optimizer": 0 if args.offload and cuda else count * states for role, count in trained.items() if count}
+    passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) + chunk * vocab * (12 + element),
+               f"KV cache of {decode[0]} x {decode[1]} tokens": decode[0] * (decode[1] * probes[min(probes)]["cache"] + vocab * 12)}
+    plan |= {what: size for what, size in passing.items() if size == max(passing.values())}                  # never at the same time
+    total, has = sum(plan.values()), torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated() if cuda else psutil.virtual_memory().available + resident()
     if rank() == 0:
-        print(f"{'model':<34}{'parameters':>14}{'trainable':>14}{'MB':>10}")
-        for role, n in sizes.items():
-            print(f"{role:<34}{n['parameters']:>14,}{n['trainable']:>14,}{n['bytes'] / 2**20:>10.1f}")
-    write_json(os.path.join(out, "models.json"), sizes)
+        print("\n".join(f"{what:<52}{size / MB:>11,.0f} MB" for what, size in plan.items()))
+        print(f"{'together, of ' + format(has / MB, ',.0f') + ' MB that are free':<52}{total / MB:>11,.0f} MB")
+    write_json(os.path.join(args.out, "memory.json"), dict(plan=plan, total=total, free=has, models={
+        role: dict(parameters=sum(p.numel() for p in models[role].parameters()), trainable=trained[role], bytes=sizes[role]) for role in models}))
+    if total > has:
+        advice = [flag for flag, helps in (("--lora", getattr(args, "lora", True) is False), ("--zero 3 on more GPUs", args.zero < 3), ("--offload", cuda and not args.offload),
+                                           ("a smaller --mini-batch-size" if hasattr(args, "mini_batch_size") else "a larger --grad-accum", True)) if helps]
+        die(f"this would need {total / MB:,.0f} MB and {has / MB:,.0f} MB are free; {', or '.join(advice)}")
+
+
+def probe(model):
+    """Bytes that a backward keeps of each token, and bytes of its KV cache: measured on one short row, whatever the architecture."""
+    ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
+    adapter, head = ([k for k, m in held.items() if any(p.requires_grad for p in m)] for held in (
+        {k: [x for layer in model.lora_layers() for x in (layer.A[k].weight, layer.B[k].weight)] for k in model.adapters}, {k: h.parameters() for k, h in model.heads.items()}))
+    own, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model(ids, torch.ones_like(ids), 15, *adapter[:1], head=(head or [None])[0])
+    activation = sum(size for at, size in kept.items() if at not in own) / 16
+    del out
+    cache = DynamicCache()
+    with torch.no_grad():
+        model.hidden(ids, torch.ones_like(ids), 0, cache)
+    return dict(activation=activation, cache=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 16)
 
 
 def ds_config(args, model, rows, accum=1):
@@ -737,9 +791,19 @@ def mean_over_ranks(metrics):
     return dict(zip(metrics, (values / world()).tolist()))
 
 
+def resident():
+    """Bytes of memory that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
 def peak_bytes():
-    """Peak memory so far: allocated on CUDA, resident on CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak memory so far: allocated on CUDA, resident on CPU (not getrusage's, which starts from that of the process that started this one)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if not os.path.exists("/proc/self/status"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # macOS, in bytes
+    with open("/proc/self/status") as f:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", f.read())[1]) * 1024
 
 
 def barrier():

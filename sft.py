@@ -101,7 +101,7 @@ def main(argv=None):
     device = common.start(args)
     model = common.load_model(args.init_from)
     common.check_context(model, args.max_length, "--max-length")
-    common.print_models({"policy": model}, args.out)
+    common.memory_plan({"policy": model}, args, args.batch_size // args.grad_accum, args.max_length, args.max_length)
     actor = common.actor(model, args) if reward else model
     policy = common.engine(model, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                 # rows per optimizer step, all ranks together

@@ -638,11 +638,44 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     Gemma2ForCausalLM(Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                                   head_dim=8)).save_pretrained(path("gemma"))
-    refused(lambda: common.load_model(path("gemma")), "final_logit_softcapping")
+                                   head_dim=8, final_logit_softcapping=1.0, initializer_range=1.0)).save_pretrained(path("gemma"))
+    refused(lambda: common.load_model(path("gemma")), "changes the logits after its head")
     flags = ("--gvm", path("gvm/model"), *RL, "--out", path("x"))
     refused(lambda: dvpo.main([*flags, "--max-new-tokens", "200"]), "positions", "256")
     refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")
+
+
+def test_what_cannot_fit_is_refused_before_it_starts():
+    world()
+    from unittest import mock
+
+    with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=-10**12)):
+        refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL, "--out", path("big")]), "--lora", "--mini-batch-size", "MB are free")
+    plan = json.load(open(path("big/memory.json")))
+    assert plan["total"] == sum(plan["plan"].values()) and plan["models"]["policy"]["trainable"] == plan["models"]["policy"]["parameters"]
+    n = plan["models"]["policy"]["parameters"]
+    assert plan["plan"]["policy: weights"] == plan["plan"]["policy: gradients"] == 4 * n and plan["plan"]["policy: optimizer"] == 8 * n
+    model = tiny_gpt2()                                                           # two layers of 64: keys and values, 4 bytes each
+    assert common.probe(model)["cache"] == 2 * 2 * 64 * 4
+    assert common.probe(model)["activation"] > 2 * (3 + 4) * 64 * 4               # at least q, k, v and what the MLP's second matrix gets
+
+
+def test_bench():
+    """The benchmark drives both stages, in turns, and the tiny rollout says what generate says."""
+    from tools import bench
+
+    os.makedirs(path("bench")), os.chdir(path("bench"))
+    try:
+        size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1", "--to", path("bench/b.json"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            bench.main([*size, "--methods", "ppo", "lora"]), bench.main([*size, "--decode"])
+    finally:
+        os.chdir(HERE)
+    data = json.load(open(path("bench/b.json")))
+    part, = data["steps"].values()
+    assert all(part["measured"][m]["tokens"] == 32 and part["predicted"][m]["step"] > 0 for m in ("ppo", "lora"))
+    assert data["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
+    assert "| lora |" in open(path("bench/b.md")).read()
 
 
 def test_heads_compute_in_fp32_over_a_bf16_trunk():

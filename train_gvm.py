@@ -289,7 +289,7 @@ def main(argv=None):
     heldout = Labelled([args.heldout])
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm")
-    common.print_models({"trunk (frozen) + GVM adapter + head": gvm}, args.out)
+    common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
     if common.rank() == 0:
         print(data.about)
     engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)

@@ -10,10 +10,10 @@ import numpy as np
 
 
 def load(folder):
-    """metrics.jsonl, summary.json and models.json of one stage; the summary of a stage without them is empty."""
+    """metrics.jsonl, summary.json and memory.json of one stage; the summary of a stage without them is empty."""
     read = lambda name, default: json.load(open(os.path.join(folder, name))) if os.path.exists(os.path.join(folder, name)) else default
     with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f], read("summary.json", {}), read("models.json", {})
+        return [json.loads(line) for line in f], read("summary.json", {}), read("memory.json", {}).get("models", {})
 
 
 def reach(rows, share=0.9, window=5):

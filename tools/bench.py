@@ -1,0 +1,306 @@
+"""What a step of DVPO and of PPO costs, in seconds and bytes, with random weights: neither depends on what the weights are.
+
+    python tools/bench.py                                     124M on a CPU: PPO, DVPO and DVPO --lora, taking turns step by step
+    python tools/bench.py --decode                            the rollout against transformers' generate, at tiny and at --shape
+    python tools/bench.py --growth                            seconds and bytes against rows, new tokens and parameters
+    python tools/bench.py --shape llama3-3b --prompt 256 --new 1024 --methods dvpo     on a GPU
+    python tools/bench.py --world 2                           each method under torchrun
+
+The stages run as they are, each in a process of its own, all in memory at once; each does a step when it is its turn, and its first step is
+dropped. Medians over --rounds. `predict` counts operations and bytes, and divides by what this machine is measured to do with a bare matrix
+product and a bare copy. Everything goes to results/bench_DEVICE.json, then to a table in .md; a new run replaces its own part alone.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+
+gpt2 = lambda vocab, width, layers, heads: dict(model_type="gpt2", vocab_size=vocab, n_embd=width, n_layer=layers, n_head=heads, n_positions=1024, bos_token_id=0, eos_token_id=0)
+llama = lambda **sizes: dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, **sizes)
+SHAPES = {
+    "tiny": gpt2(2048, 64, 2, 4), "14M": gpt2(8192, 384, 6, 6), "124M": gpt2(50257, 768, 12, 12),
+    "llama3-3b": llama(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True),
+    "llama3-8b": llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False),
+}
+METHODS = {"ppo": (ppo_baseline, ()), "dvpo": (dvpo, ()), "lora": (dvpo, ("--lora",))}
+PAIRS = 3                                                                  # in tau
+CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+
+def make(shape, prompt):
+    """out/bench/SHAPE: a random model, its tokenizer, a GVM and a reward model on it, prompts of `prompt` tokens. -> the folder"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    out, config = f"out/bench/{shape}", AutoConfig.for_model(**SHAPES[shape])
+    V = config.vocab_size
+    os.makedirs(out, exist_ok=True)
+    with open(f"{out}/prompts_{prompt}.jsonl", "w") as f:
+        f.writelines(json.dumps(dict(prompt=" ".join(f"w{(97 * i + j) % V}" for j in range(prompt)))) + "\n" for i in range(512))
+    if not os.path.exists(f"{out}/rm"):
+        torch.manual_seed(0)
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)} | {"<eos>": V}, unk_token="w0"))      # an <eos> that the model cannot say: full lengths
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="<eos>").save_pretrained(f"{out}/model")
+        with torch.device("cuda" if CUDA else "cpu"):
+            AutoModelForCausalLM.from_config(config, dtype=DTYPE).save_pretrained(f"{out}/model")
+        model, tok = common.load_model(f"{out}/model", trainable=False), common.load_tokenizer(f"{out}/model")
+        for name, meta in ("gvm", dict(q_mean=0.0, q_std=1.0, tau_pairs=PAIRS, tau_length=128, max_length=1024)), ("rm", dict(mean=0.0, std=1.0)):
+            model.add_adapter(name, 8, 32), model.add_head(name)
+            common.save_adapter(model, name, tok, f"{out}/{name}", **meta)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One stage in its own process, which waits for its turn after every step
+
+
+def child(method, folder, argv):
+    """Runs a stage. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the optimizer; FOLDER/METHOD.turn says how many it may do."""
+    stage, spent, begin = METHODS[method][0], dict(optimizer=0.0), [time.perf_counter()]
+    step, log = common.deepspeed.DeepSpeedEngine.step, common.Metrics.log
+
+    def timed_step(engine, *a, **k):
+        common.Clock.wait()
+        start = time.perf_counter()
+        step(engine, *a, **k)
+        common.Clock.wait()
+        spent["optimizer"] += time.perf_counter() - start
+
+    def log_and_wait(self, number, **metrics):
+        row = log(self, number, **metrics)
+        if common.rank() == 0:
+            row |= dict(sec_step=time.perf_counter() - begin[0], sec_optimizer=spent["optimizer"])
+            row["peak_reserved"] = torch.cuda.max_memory_reserved() if CUDA else row["peak_bytes"]
+            with open(f"{folder}/{method}.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+            while int("0" + open(f"{folder}/{method}.turn").read()) <= number + 1:
+                time.sleep(0.002)
+        common.barrier()
+        spent["optimizer"], begin[0] = 0.0, time.perf_counter()
+        return row
+
+    common.deepspeed.DeepSpeedEngine.step, common.Metrics.log = timed_step, log_and_wait
+    stage.main(argv)
+
+
+def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
+    """{method: its medians}, the methods taking turns."""
+    shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
+    world, folder, files = make(shape, a.prompt), "out/bench/turns", {}
+    os.makedirs(folder, exist_ok=True)
+
+    def turn(method, n):
+        """Let `method` do its step number n, and wait for its row."""
+        with open(f"{folder}/{method}.turn", "w") as f:
+            f.write(str(n + 1))
+        while not os.path.exists(f"{folder}/{method}.jsonl") or len(lines := open(f"{folder}/{method}.jsonl").readlines()) <= n or not lines[n].endswith("\n"):
+            if files[method].poll() is not None:
+                sys.exit(f"error: {method} ended: see {folder}/{method}.log")
+            time.sleep(0.02)
+        return json.loads(lines[n])
+
+    try:
+        for m in methods:
+            if os.path.exists(f"{folder}/{m}.jsonl"):
+                os.remove(f"{folder}/{m}.jsonl")
+            argv = ["--model", f"{world}/model", "--init-from", f"{world}/model", "--data", f"{world}/prompts_{a.prompt}.jsonl", "--heldout", f"{world}/prompts_{a.prompt}.jsonl",
+                    "--out", f"{folder}/{m}", "--max-prompt-length", a.prompt, "--max-new-tokens", new, "--batch-size", rows, "--mini-batch-size", min(a.mini_batch_size, rows),
+                    "--grad-accum", min(a.grad_accum, rows // min(a.mini_batch_size, rows)), "--ppo-epochs", a.ppo_epochs, "--zero", a.zero, "--lr", 1e-6, "--save-every", 10**6,
+                    *(("--gvm", f"{world}/gvm") if m != "ppo" else ("--rm", f"{world}/rm")), *METHODS[m][1]]
+            start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(a.world)] if a.world > 1 else [sys.executable]
+            with open(f"{folder}/{m}.turn", "w") as f:
+                f.write("1")
+            with open(f"{folder}/{m}.log", "w") as f:
+                files[m] = subprocess.Popen([*start, __file__, "--child", m, folder, *map(str, argv)], stdout=f, stderr=f,
+                                            env={k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")})
+            turn(m, 0)
+        seen = {m: [] for m in methods}
+        for n in range(1, rounds + 1):
+            for m in methods:
+                seen[m].append(turn(m, n))
+                print(f"{shape}, {rows} rows, {new} new tokens, round {n}: {m} {seen[m][-1]['sec_step']:.2f} s", flush=True)
+    finally:
+        for process in files.values():
+            process.kill()
+    out = {}
+    for m in methods:
+        with open(f"{folder}/{m}/memory.json") as f:
+            plan = json.load(f)
+        middle = {k: statistics.median(r[k] for r in seen[m]) for k in ("sec_step", "sec_generate", "sec_score", "sec_train", "sec_optimizer", "tokens")}
+        out[m] = dict(middle, rounds=[r["sec_step"] for r in seen[m]], peak=seen[m][-1]["peak_bytes"], reserved=seen[m][-1]["peak_reserved"], plan=plan["plan"],
+                      planned=plan["total"], tokens_per_second=middle["tokens"] / middle["sec_step"])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it should cost
+
+
+def machine(shape):
+    """Operations a second in a matrix product of the shape's own sizes, bytes a second in a copy; the best of several."""
+    device, config = "cuda" if CUDA else "cpu", SHAPES[shape]
+    D = config.get("n_embd") or config["hidden_size"]
+    x, w = torch.randn(1024, D, device=device, dtype=DTYPE), torch.randn(D, 4 * D, device=device, dtype=DTYPE)
+    big = torch.ones(2**28 if CUDA else 2**26, device=device)
+    other = torch.empty_like(big)
+
+    def best(f):
+        times = []
+        for _ in range(12):
+            common.Clock.wait()
+            begin = time.perf_counter()
+            f()
+            common.Clock.wait()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return dict(operations=2 * x.numel() * w.shape[1] / best(lambda: x @ w), bandwidth=2 * big.nbytes / best(lambda: other.copy_(big)))
+
+
+def predict(a, method, rate, shape=None, rows=None, new=None):
+    """Seconds by phase of one step, from counted operations and bytes alone.
+
+    n tokens forward through the blocks: 2 n (weights) + attention over half the length; through the head: 2 n V D. Backward: twice that; once
+    where the weights are frozen. The head runs forward once more in the backward pass (its logits are not kept). Decoding reads all weights per token.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]))
+    blocks = sum(p.numel() for k, p in lm.named_parameters() if p.dim() == 2 and "emb" not in k and "wte" not in k and "wpe" not in k and "lm_head" not in k)
+    total, (V, D) = sum(p.numel() for p in lm.parameters()), lm.get_input_embeddings().weight.shape
+    layers, length = lm.config.num_hidden_layers, a.prompt + new
+    forward = lambda n, context: 2 * n * blocks + 4 * n * (context / 2) * D * layers
+    head = lambda n: 2 * n * V * D
+    body, top, size = forward(rows * length, length), head(rows * new), torch.finfo(DTYPE).bits // 8
+    pairs = min(PAIRS, (512 - a.prompt) // (a.prompt + min(new, 128)))                       # of tau, that fit in half the GVM's --max-length
+    tau = pairs * (a.prompt + min(new, 128))
+    value = 2 * body if method == "ppo" else forward(tau, tau) + body + 4 * rows * length * tau * D * layers
+    train = a.ppo_epochs * {"ppo": 6 * body + 4 * top, "dvpo": 3 * body + 4 * top, "lora": 2 * body + 3 * top}[method]
+    updates = a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
+    step = max(total * size / rate["bandwidth"], (2 * blocks * rows + head(rows)) / rate["operations"])
+    seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * step, score=(2 * (body + top) + value) / rate["operations"],
+                   optimizer={"ppo": 2, "dvpo": 1, "lora": 0}[method] * updates * total * 4 * 10 / rate["bandwidth"])    # norm, clip; AdamW: 4 reads, 3 writes
+    return dict(seconds, train=train / rate["operations"] + seconds["optimizer"], step=sum(seconds.values()) + train / rate["operations"])
+
+
+def decode(a, shape):
+    """The stage's rollout against `generate` on the same prompts, in turns; and greedily: the same tokens."""
+    world = make(shape, a.prompt)
+    model, tok = common.load_model(f"{world}/model", trainable=False).eval(), common.load_tokenizer(f"{world}/model")
+    device = next(model.parameters()).device
+    prompts = [common.encode_prompt(tok, r["prompt"])[-a.prompt:] for r, _ in zip(common.Rows(f"{world}/prompts_{a.prompt}.jsonl", []), range(a.batch_size))]
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)
+    args = argparse.Namespace(max_new_tokens=a.new, temperature=1.0)
+    plain = dict(attention_mask=attn, max_new_tokens=a.new, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, top_k=0, top_p=1.0)
+    ours, theirs = (lambda: dvpo.rollout(model, prompts, tok, args, device)), (lambda: model.lm.generate(ids, do_sample=True, **plain))
+    seconds = {"rollout": [], "generate": []}
+    with torch.no_grad():
+        for n in range(a.rounds + 1):
+            for name, f in ("rollout", ours), ("generate", theirs):
+                common.Clock.wait()
+                begin = time.perf_counter()
+                f()
+                common.Clock.wait()
+                seconds[name].append(time.perf_counter() - begin)
+        args.temperature = 1e-5
+        same = (ours()[0][:, a.prompt:] == model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:, a.prompt:]).float().mean().item()
+    middle = {k: statistics.median(v[1:]) for k, v in seconds.items()}
+    return dict(middle, ratio=middle["generate"] / middle["rollout"], greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new, rounds={k: v[1:] for k, v in seconds.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def table(head, rows):
+    return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows), ""]
+
+
+def report(data, path):
+    MB, out = 2**20, [f"# Cost of a step, on {data['machine']}", "", "Random weights; medians. Made by tools/bench.py; the commands stand with each part."]
+    for shape, part in data.get("steps", {}).items():
+        got, want = part["measured"], part["predicted"]
+        out += ["", f"## {shape}: PPO and DVPO in turns", "", f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
+                f"bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."]
+        out += table(("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
+            (m, *(f"{r['sec_' + k]:.2f}" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}",
+             f"{r['peak'] / MB:,.0f}", f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") for m, r in got.items()])
+        if "ppo" in got:
+            out += table(("against PPO", "time", "predicted", "measured / predicted", "smallest and largest of the rounds", "memory"), [
+                (m, f"{r['sec_step'] / got['ppo']['sec_step']:.3f}", f"{want[m]['step'] / want['ppo']['step']:.3f}", f"{r['sec_step'] / got['ppo']['sec_step'] / (want[m]['step'] / want['ppo']['step']):.3f}",
+                 " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got['ppo']['rounds'])):.3f}" for f in (min, max)), f"{r['peak'] / got['ppo']['peak']:.3f}") for m, r in got.items() if m != "ppo"])
+        out += ["What each holds, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}" for k, v in r["plan"].items()) for m, r in got.items()) + "."]
+    if "decode" in data:
+        out += ["", "## The rollout against transformers' generate", "", f"`{data['decode']['command']}`"]
+        out += table(("shape", "rows", "prompt", "new", "rollout s", "generate s", "generate / rollout", "greedy tokens equal"), [
+            (shape, *(str(r[k]) for k in ("rows", "prompt", "new")), f"{r['rollout']:.3f}", f"{r['generate']:.3f}", f"{r['ratio']:.2f}", f"{r['greedy_tokens_equal']:.4f}")
+            for shape, r in data["decode"]["shapes"].items()])
+    if "growth" in data:
+        out += ["", "## How cost grows", "", f"`{data['growth']['command']}`; measured against the floor, which counts operations and bytes."]
+        out += table(("shape", "rows", "new tokens", "method", "step s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
+            (p["shape"], str(p["rows"]), str(p["new"]), m, f"{r['sec_step']:.2f}", f"{r['floor']:.2f}", f"{r['sec_step'] / r['floor']:.2f}", f"{r['peak'] / MB:,.0f}",
+             f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") for p in data["growth"]["points"] for m, r in p["measured"].items()])
+        out += ["![how cost grows](bench_growth.png)"] if os.path.exists(os.path.join(os.path.dirname(path), "bench_growth.png")) else []
+    with open(path, "w") as f:
+        f.write("\n".join(out) + "\n")
+    print("\n".join(out))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", choices=SHAPES, default="124M", help="(default: %(default)s)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all, in turns)")
+    p.add_argument("--prompt", type=int, default=64, help="tokens (default: %(default)s)")
+    p.add_argument("--new", type=int, default=128, help="tokens (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=8, help="rows a rollout and rank (paper, default: %(default)s)")
+    p.add_argument("--mini-batch-size", type=int, default=2, help="rows a forward pass (paper, default: %(default)s)")
+    p.add_argument("--grad-accum", type=int, default=2, help="mini-batches an update (paper, default: %(default)s)")
+    p.add_argument("--ppo-epochs", type=int, default=4, help="(paper, default: %(default)s)")
+    p.add_argument("--zero", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=5, help="steps of each method that count (default: %(default)s)")
+    p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
+    p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
+    p.add_argument("--growth", action="store_true", help="a series of sizes around 14M, 4 rows, 64 new tokens")
+    p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json", help="(default: %(default)s)")
+    a = p.parse_args(argv)
+    command = "python tools/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    data = json.load(open(a.to)) if os.path.exists(a.to) else {}
+    data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
+    if a.decode:
+        data["decode"] = dict(command=command, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
+    elif a.growth:
+        series = [("14M", rows, 64) for rows in (2, 4, 8, 16)] + [("14M", 4, new) for new in (32, 128, 256)] + [(shape, 4, 64) for shape in ("tiny", "124M")]
+        points = []
+        for shape, rows, new in series:
+            rate, measured = machine(shape), side_by_side(a, a.methods, a.rounds, shape, rows, new)
+            points.append(dict(shape=shape, rows=rows, new=new, measured={m: dict(r, floor=predict(a, m, rate, shape, rows, new)["step"]) for m, r in measured.items()}))
+        data["growth"] = dict(command=command, points=points)
+    else:
+        rate = machine(a.shape)
+        part = dict(command=command, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods}, measured=side_by_side(a, a.methods, a.rounds))
+        data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (f", {a.world} ranks" if a.world > 1 else "")] = part
+    common.write_json(a.to, data)
+    report(data, a.to[:-5] + ".md")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3], sys.argv[4:])
+    else:
+        main()
