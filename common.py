@@ -56,6 +56,7 @@ hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what launchers set
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead; one line a model.

@@ -835,7 +835,7 @@ def test_sigterm_saves_and_ends_well():
     name, _, argv = resume_cases("0")[2]
     argv = [*argv, "--out", path("term"), "--max-steps", "500", "--save-every", "1000"]
     process = subprocess.Popen([sys.executable, "dvpo.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})
+                               env={k: v for k, v in os.environ.items() if k not in common.RANKS})
     lines = lambda: sum(1 for _ in open(path("term/metrics.jsonl"))) if os.path.exists(path("term/metrics.jsonl")) else 0
     for _ in range(600):
         time.sleep(0.1)
@@ -855,7 +855,7 @@ def test_sigterm_saves_and_ends_well():
 
 
 def script(*argv, env=None, timeout=300):
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    clean = {k: v for k, v in os.environ.items() if k not in common.RANKS}
     return subprocess.run(argv, cwd=HERE, env=dict(clean, **(env or {})), capture_output=True, text=True, timeout=timeout)
 
 

@@ -97,6 +97,18 @@ def child(method, folder, argv):
     stage.main(argv)
 
 
+def command(a, method, rounds, world, folder, rows, new):
+    mini, accum = min(a.mini_batch_size, rows), min(a.grad_accum, rows // min(a.mini_batch_size, rows))
+    if method == "trl":
+        return [a.trl, os.path.join(common.HERE, "tools/bench_trl.py"), folder, world, *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))]
+    prompts = f"{world}/prompts_{a.prompt}.jsonl"
+    argv = ["--model", f"{world}/model", "--init-from", f"{world}/model", "--data", prompts, "--heldout", prompts, "--out", f"{folder}/{method}", "--max-prompt-length", a.prompt,
+            "--max-new-tokens", new, "--batch-size", rows, "--mini-batch-size", mini, "--grad-accum", accum, "--ppo-epochs", a.ppo_epochs, "--zero", a.zero, "--lr", 1e-6,
+            "--save-every", 10**6, *(("--rm", f"{world}/rm") if method == "ppo" else ("--gvm", f"{world}/gvm")), *METHODS[method][1]]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(a.world)] if a.world > 1 else []
+    return [sys.executable, *launcher, os.path.abspath(__file__), "--child", method, folder, *map(str, argv)]
+
+
 def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
     """{method: its medians}, the methods taking turns."""
     shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
@@ -117,16 +129,10 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
         for m in methods:
             if os.path.exists(f"{folder}/{m}.jsonl"):
                 os.remove(f"{folder}/{m}.jsonl")
-            argv = ["--model", f"{world}/model", "--init-from", f"{world}/model", "--data", f"{world}/prompts_{a.prompt}.jsonl", "--heldout", f"{world}/prompts_{a.prompt}.jsonl",
-                    "--out", f"{folder}/{m}", "--max-prompt-length", a.prompt, "--max-new-tokens", new, "--batch-size", rows, "--mini-batch-size", min(a.mini_batch_size, rows),
-                    "--grad-accum", min(a.grad_accum, rows // min(a.mini_batch_size, rows)), "--ppo-epochs", a.ppo_epochs, "--zero", a.zero, "--lr", 1e-6, "--save-every", 10**6,
-                    *(("--gvm", f"{world}/gvm") if m != "ppo" else ("--rm", f"{world}/rm")), *METHODS[m][1]]
-            start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(a.world)] if a.world > 1 else [sys.executable]
             with open(f"{folder}/{m}.turn", "w") as f:
                 f.write("1")
             with open(f"{folder}/{m}.log", "w") as f:
-                files[m] = subprocess.Popen([*start, __file__, "--child", m, folder, *map(str, argv)], stdout=f, stderr=f,
-                                            env={k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")})
+                files[m] = subprocess.Popen(command(a, m, rounds, world, folder, rows, new), stdout=f, stderr=f, env={k: v for k, v in os.environ.items() if k not in common.RANKS})
             turn(m, 0)
         seen = {m: [] for m in methods}
         for n in range(1, rounds + 1):
@@ -138,11 +144,12 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
             process.kill()
     out = {}
     for m in methods:
-        with open(f"{folder}/{m}/memory.json") as f:
-            plan = json.load(f)
-        middle = {k: statistics.median(r[k] for r in seen[m]) for k in ("sec_step", "sec_generate", "sec_score", "sec_train", "sec_optimizer", "tokens")}
-        out[m] = dict(middle, rounds=[r["sec_step"] for r in seen[m]], peak=seen[m][-1]["peak_bytes"], reserved=seen[m][-1]["peak_reserved"], plan=plan["plan"],
-                      planned=plan["total"], tokens_per_second=middle["tokens"] / middle["sec_step"])
+        middle = {k: statistics.median(r[k] for r in seen[m]) for k in ("sec_step", "sec_generate", "sec_score", "sec_train", "sec_optimizer", "tokens") if k in seen[m][0]}
+        out[m] = dict(middle, rounds=[r["sec_step"] for r in seen[m]], peak=seen[m][-1]["peak_bytes"], reserved=seen[m][-1]["peak_reserved"], tokens_per_second=middle["tokens"] / middle["sec_step"])
+        if m != "trl":
+            with open(f"{folder}/{m}/memory.json") as f:
+                plan = json.load(f)
+            out[m] |= dict(plan=plan["plan"], planned=plan["total"])
     return out
 
 
@@ -190,6 +197,7 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     body, top, size = forward(rows * length, length), head(rows * new), torch.finfo(DTYPE).bits // 8
     pairs = min(PAIRS, (512 - a.prompt) // (a.prompt + min(new, 128)))                       # of tau, that fit in half the GVM's --max-length
     tau = pairs * (a.prompt + min(new, 128))
+    method = "ppo" if method == "trl" else method
     value = 2 * body if method == "ppo" else forward(tau, tau) + body + 4 * rows * length * tau * D * layers
     train = a.ppo_epochs * {"ppo": 6 * body + 4 * top, "dvpo": 3 * body + 4 * top, "lora": 2 * body + 3 * top}[method]
     updates = a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
@@ -239,13 +247,14 @@ def report(data, path):
         out += ["", f"## {shape}: PPO and DVPO in turns", "", f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
                 f"bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."]
         out += table(("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
-            (m, *(f"{r['sec_' + k]:.2f}" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}",
-             f"{r['peak'] / MB:,.0f}", f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") for m, r in got.items()])
-        if "ppo" in got:
-            out += table(("against PPO", "time", "predicted", "measured / predicted", "smallest and largest of the rounds", "memory"), [
-                (m, f"{r['sec_step'] / got['ppo']['sec_step']:.3f}", f"{want[m]['step'] / want['ppo']['step']:.3f}", f"{r['sec_step'] / got['ppo']['sec_step'] / (want[m]['step'] / want['ppo']['step']):.3f}",
-                 " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got['ppo']['rounds'])):.3f}" for f in (min, max)), f"{r['peak'] / got['ppo']['peak']:.3f}") for m, r in got.items() if m != "ppo"])
-        out += ["What each holds, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}" for k, v in r["plan"].items()) for m, r in got.items()) + "."]
+            (m, *(f"{r['sec_' + k]:.2f}" if "sec_" + k in r else "" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}",
+             f"{r['peak'] / MB:,.0f}", *((f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") if "planned" in r else ("", ""))) for m, r in got.items()])
+        for base in [m for m in ("trl", "ppo") if m in got]:
+            out += table((f"against {base}", "time", "predicted", "measured / predicted", "smallest and largest of the rounds", "memory"), [
+                (m, f"{r['sec_step'] / got[base]['sec_step']:.3f}", f"{want[m]['step'] / want[base]['step']:.3f}", f"{r['sec_step'] / got[base]['sec_step'] / (want[m]['step'] / want[base]['step']):.3f}",
+                 " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got[base]['rounds'])):.3f}" for f in (min, max)), f"{r['peak'] / got[base]['peak']:.3f}")
+                for m, r in got.items() if m not in (base, "trl")])
+        out += ["What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}" for k, v in r["plan"].items()) for m, r in got.items() if "plan" in r) + "."]
     if "decode" in data:
         out += ["", "## The rollout against transformers' generate", "", f"`{data['decode']['command']}`"]
         out += table(("shape", "rows", "prompt", "new", "rollout s", "generate s", "generate / rollout", "greedy tokens equal"), [
@@ -274,26 +283,28 @@ def main(argv=None):
     p.add_argument("--ppo-epochs", type=int, default=4, help="(paper, default: %(default)s)")
     p.add_argument("--zero", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="steps of each method that count (default: %(default)s)")
+    p.add_argument("--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (tools/bench_trl.py)")
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
     p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
     p.add_argument("--growth", action="store_true", help="a series of sizes around 14M, 4 rows, 64 new tokens")
     p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json", help="(default: %(default)s)")
     a = p.parse_args(argv)
-    command = "python tools/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    a.methods = ["trl"] * bool(a.trl) + a.methods
+    words = "python tools/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
     data = json.load(open(a.to)) if os.path.exists(a.to) else {}
     data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
     if a.decode:
-        data["decode"] = dict(command=command, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
+        data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
     elif a.growth:
         series = [("14M", rows, 64) for rows in (2, 4, 8, 16)] + [("14M", 4, new) for new in (32, 128, 256)] + [(shape, 4, 64) for shape in ("tiny", "124M")]
         points = []
         for shape, rows, new in series:
             rate, measured = machine(shape), side_by_side(a, a.methods, a.rounds, shape, rows, new)
             points.append(dict(shape=shape, rows=rows, new=new, measured={m: dict(r, floor=predict(a, m, rate, shape, rows, new)["step"]) for m, r in measured.items()}))
-        data["growth"] = dict(command=command, points=points)
+        data["growth"] = dict(command=words, points=points)
     else:
         rate = machine(a.shape)
-        part = dict(command=command, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods}, measured=side_by_side(a, a.methods, a.rounds))
+        part = dict(command=words, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods}, measured=side_by_side(a, a.methods, a.rounds))
         data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (f", {a.world} ranks" if a.world > 1 else "")] = part
     common.write_json(a.to, data)
     report(data, a.to[:-5] + ".md")
