@@ -2,6 +2,7 @@
 
     python tools/plot.py [--out out/tiny]           writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
     python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] --to FILE.png      several seeds: mean and band
+    python tools/plot.py --growth results/bench_cpu.json       seconds and bytes of a step against rows, tokens and parameters
 """
 import argparse
 import json
@@ -60,13 +61,40 @@ def heatmap(shown, path):
     print(path)
 
 
+def growth(points, path):
+    """Measured seconds over their floor, and peak memory over its plan, each against one size while the others stand still."""
+    fig, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    size = {"tiny": 2.9e5, "14M": 1.42e7, "124M": 1.24e8}
+    base = dict(shape="14M", rows=4, new=64)
+    for column, (key, label) in enumerate((("rows", "rows of a rollout"), ("new", "new tokens"), ("shape", "parameters"))):
+        line = sorted((p for p in points if all(p[k] == v for k, v in base.items() if k != key)), key=lambda p: size.get(p[key], p[key]))
+        x = [size.get(p[key], p[key]) for p in line]
+        for method, colour in zip(line[0]["measured"], ("tab:orange", "tab:blue", "tab:green")):
+            for ax, measured, formula, unit in (axes[0, column], "sec_step", "floor", 1), (axes[1, column], "peak", "planned", 2**20):
+                ax.loglog(x, [p["measured"][method][measured] / unit for p in line], "o-", color=colour, label=method)
+                ax.loglog(x, [p["measured"][method][formula] / unit for p in line], ":", color=colour)
+        axes[0, column].set_title(label)
+        axes[0, column].set_ylabel("seconds a step; dotted: counted floor")
+        axes[1, column].set_ylabel("peak MB; dotted: the plan")
+    axes[0, 0].legend()
+    for ax in axes.flat:
+        ax.grid(alpha=0.3, which="both")
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    print(path)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/tiny", help="folder with the stages' output (default: out/tiny)")
     p.add_argument("--dvpo", nargs="+", help="run folders of dvpo.py, one a seed (default: OUT/dvpo)")
     p.add_argument("--ppo", nargs="+", help="run folders of ppo_baseline.py, one a seed (default: OUT/ppo)")
     p.add_argument("--to", help="file to write (default: OUT/curves.png)")
+    p.add_argument("--growth", help="JSON of tools/bench.py --growth; writes bench_growth.png beside it")
     args = p.parse_args(argv)
+    if args.growth:
+        with open(args.growth) as f:
+            return growth(json.load(f)["growth"]["points"], os.path.join(os.path.dirname(args.growth), "bench_growth.png"))
     runs = dict(DVPO=args.dvpo or [os.path.join(args.out, "dvpo")], PPO=args.ppo or [os.path.join(args.out, "ppo")])
     curves({k: v for k, v in runs.items() if os.path.exists(os.path.join(v[0], "metrics.jsonl"))}, args.to or os.path.join(args.out, "curves.png"))
     shown = os.path.join(args.out, "gvm", "show.json")

@@ -27,10 +27,10 @@ UNSEEN = ("FuseChat-Llama-3.1-8B-Instruct", "jina-chat", "pythia-12b-mix-sft")  
 MIN_GAP = 0.1
 SCRATCH = ("--vocab", 16384, "--layers", 2, "--width", 256, "--heads", 4, "--context", 384)
 SFT = ("--max-length", 192, "--batch-size", 16, "--lr", 2e-3, "--max-steps", 150, "--warmup-steps", 20, "--grad-accum", 2)
-GVM = ("--max-length", 320, "--tau-length", 40, "--batch-size", 32, "--grad-accum", 2, "--lr", 2e-3, "--epochs", 1, "--lora-rank", 32, "--lora-alpha", 32, "--lora-dropout", 0,
+GVM = ("--max-length", 320, "--tau-length", 40, "--batch-size", 32, "--grad-accum", 2, "--lr", 2e-3, "--epochs", 2, "--lora-rank", 32, "--lora-alpha", 32, "--lora-dropout", 0,
        "--min-gap", MIN_GAP)
-RUNS = [(0, False, 1), (2, False, 1), (2, True, 1), (3, False, 1), (1, False, 1), (0, True, 1), (1, True, 1), (3, True, 1),
-        (2, False, 2), (2, False, 3)]                                               # tau pairs, batch norm, seed
+RUNS = [(0, False, 1, 1), (2, False, 1, 1), (2, False, 0.95, 1), (1, False, 1, 1), (3, False, 1, 1), (0, True, 1, 1), (2, True, 1, 1), (1, True, 1, 1), (3, True, 1, 1),
+        (2, False, 1, 2), (2, False, 1, 3)]                                         # tau pairs, batch norm, td_lambda, seed
 
 
 def stage(script, out, *argv, threads=2):
@@ -66,12 +66,12 @@ def yardsticks(train, valid):
 
 
 def gvm(run):
-    tau, norm, seed = run
-    out = f"out/real/gvm_tau{tau}_{'bn' if norm else 'plain'}_{seed}"
+    tau, norm, td_lambda, seed = run
+    out = f"out/real/gvm_tau{tau}_{'bn' if norm else 'plain'}_{td_lambda}_{seed}"
     seconds = stage("train_gvm.py", out, "--model", "out/real/sft/model", "--init-from", "out/real/sft/model", "--data", "out/real/train.jsonl",
-                    "--heldout", "out/real/valid.jsonl", "--tau-pairs", tau, "--seed", seed, "--batch-norm" if norm else "--no-batch-norm", *GVM, threads=1)
+                    "--heldout", "out/real/valid.jsonl", "--tau-pairs", tau, "--td-lambda", td_lambda, "--seed", seed, "--batch-norm" if norm else "--no-batch-norm", *GVM, threads=1)
     with open(f"{out}/eval.json") as f:
-        return dict(tau_pairs=tau, batch_norm=norm, seed=seed, seconds=seconds, **json.load(f))
+        return dict(tau_pairs=tau, batch_norm=norm, td_lambda=td_lambda, seed=seed, seconds=seconds, **json.load(f))
 
 
 def report(runs, marks, sft, seconds):
@@ -82,8 +82,8 @@ def report(runs, marks, sft, seconds):
              f"Accuracy over {runs[0]['pairs']} pairs of answers to unseen prompts whose rewards differ by more than {MIN_GAP}; the last two columns: correlation of "
              f"V(s_0 | tau) with the policies' mean rewards, over all, and over the {len(UNSEEN)} left out of training ({', '.join(UNSEEN)}).", "",
              f"Yardsticks: the longer answer wins {marks['longer_wins']:.3f}; the policy with the better average wins {marks['better_average_wins']:.3f}.", "",
-             "| tau pairs | batch norm | seed | mean | P1 | P5 | P10 | P90 | P95 | P99 | last | V(s_0) all | V(s_0) left out | seconds |", "|" + "---|" * 14]
-    lines += [f"| {r['tau_pairs']} | {'on' if r['batch_norm'] else 'off'} | {r['seed']} | " + " | ".join(f"{v:.3f}" for v in r["accuracy"].values())
+             "| tau pairs | batch norm | td_lambda | seed | mean | P1 | P5 | P10 | P90 | P95 | P99 | last | V(s_0) all | V(s_0) left out | seconds |", "|" + "---|" * 15]
+    lines += [f"| {r['tau_pairs']} | {'on' if r['batch_norm'] else 'off'} | {r['td_lambda']} | {r['seed']} | " + " | ".join(f"{v:.3f}" for v in r["accuracy"].values())
               + f" | {r['v0_correlation']:.3f} | {unseen(r):.3f} | {r['seconds']} |" for r in runs]
     with open("results/real_text.md", "w") as f:
         f.write("\n".join(lines) + "\n")
