@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import zlib
 
 import torch
@@ -43,7 +44,7 @@ import psutil
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -104,7 +105,7 @@ def defaults(model, *stages):
 def die(message, everywhere=False):
     """End with one line on stderr, what is wrong and how to mend it, and exit code 2; `everywhere`: also where rank 0 may not see it."""
     if everywhere or int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)       # on a line of its own, whatever bar is up
     raise SystemExit(2)
 
 
@@ -156,8 +157,8 @@ def check_sizes(args):
 
 
 def load_function(spec):
-    """`FILE.py:function` -> the function; None stays None."""
-    if spec is None:
+    """`FILE.py:function` -> the function; None, or "", is none. What it raises ends the run in one line; a KeyError is the caller's ("not known")."""
+    if not spec:
         return None
     path, _, name = spec.rpartition(":")
     if not path or not os.path.isfile(path):
@@ -167,7 +168,18 @@ def load_function(spec):
     module_spec.loader.exec_module(module)
     if not hasattr(module, name):
         die(f"{spec}: {path} has no function {name!r}")
-    return getattr(module, name)
+    function = getattr(module, name)
+
+    def call(*values):
+        try:
+            return function(*values)
+        except KeyError:
+            raise
+        except Exception as e:
+            line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if os.path.basename(f.filename) == os.path.basename(path)), "?")
+            die(f"{spec}: {type(e).__name__} in line {line}: {str(e)[:200]}; mend it, or name another function, or none with ''", everywhere=True)
+
+    return call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,9 +199,17 @@ def start(args):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves; this op would be compiled at the first start
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        except dist.DistNetworkError as e:
+            die(f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(e).splitlines()[0][:120]}); give the launcher another --master_port")
     seed(args)
-    os.makedirs(args.out, exist_ok=True)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as e:
+        die(f"--out {args.out}: cannot be written to ({e.strerror}); name another folder")
     write_json(os.path.join(args.out, "run.json"), vars(args) | dict(world_size=world(), device=str(device)))
     return device
 
@@ -432,7 +452,7 @@ def load_model(path, trainable=True):
                 setattr(config, key, 0.0)
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True,
                                                   dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
     model = LM(lm.requires_grad_(trainable)).to("cuda" if torch.cuda.is_available() else "cpu")
     check_logits(model, path)
@@ -494,11 +514,11 @@ def load_adapter(model, tok, folder, made_by):
             meta = json.load(f)
         with safe_open(os.path.join(folder, "adapter.safetensors"), "pt") as f:
             own = {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
-    if meta["trunk"] != model.fingerprint:
+    if meta.get("trunk") != model.fingerprint:
         die(f"{folder}: trained on another model than the one given by --init-from; train it on this one with: {made_by}")
-    if meta["tokenizer"] != tokenizer_print(tok):
+    if meta.get("tokenizer") != tokenizer_print(tok):
         die(f"{folder}: trained with another tokenizer or chat template than that of --init-from; train it with this one: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"], trainable=False)
     model.add_head(meta["name"])
@@ -571,6 +591,10 @@ def ds_config(args, model, rows, accum=1):
             config = json.load(f)
     except (OSError, ValueError) as e:
         die(f"--ds-config {args.ds_config}: {e}")
+    own = [k for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler", "fp16") if k in config]
+    own += ["zero_optimization.stage"] * ("stage" in config.get("zero_optimization", {}))
+    if own:
+        die(f"--ds-config {args.ds_config}: {', '.join(own)}: the flags decide that; take it out of the file")
     config |= dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
     config.setdefault("bf16", {})["enabled"] = next(model.parameters()).dtype == torch.bfloat16
     config.setdefault("zero_optimization", {})["stage"] = args.zero
@@ -658,9 +682,21 @@ def encode_prompt(tok, prompt):
     return list(prompt_ids(tok, prompt if isinstance(prompt, str) else json.dumps(prompt), isinstance(prompt, str)))
 
 
+@functools.lru_cache(4)
+def control_tokens(tok):
+    names = {t.content for t in tok.added_tokens_decoder.values() if t.special} | set(tok.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def only_text(tok, text):
+    """User text in which no string is a control token: `<|eot_id|>` becomes `< |eot_id|>`."""
+    return control_tokens(tok).sub(lambda m: m[0][:1] + " " + m[0][1:], text)
+
+
 @functools.lru_cache(1 << 14)                           # prompts come back: as pairs, as tau, in every epoch
 def prompt_ids(tok, prompt, is_text):
     messages = [{"role": "user", "content": prompt}] if is_text else json.loads(prompt)
+    messages = [dict(m, content=only_text(tok, m["content"])) for m in messages]
     if tok.chat_template:
         ids = list(tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     else:
@@ -679,7 +715,7 @@ def encode_response(tok, text):
 
 @functools.lru_cache(1 << 15)                           # so do responses; 4 bytes a token
 def response_ids(tok, text):
-    return np.array(tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id], dtype=np.int32)
+    return np.array(tok(only_text(tok, text), add_special_tokens=False)["input_ids"] + [tok.eos_token_id], dtype=np.int32)
 
 
 def behind(tok, prefix, ids):
@@ -728,41 +764,104 @@ def behind_tau(tok, tau, prompt, room, tau_length):
 class Rows:
     """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory.
 
+    kinds: sets of keys, of which the first line shows one; every row must have them. All lines are looked at before anything else happens: a broken one ends
+    the run and is named; an empty prompt, an empty answer to learn by heart, a pair of equals is left out and counted. each(row, its keys): called for every row kept.
     A .gz is unpacked into an unnamed temporary file first: seeking in a compressed file would unpack it from the start each time.
     """
 
-    def __init__(self, path, keys):
+    def __init__(self, path, *kinds, each=None):
         if not os.path.isfile(path):
             maker = [f"make it with: python {folder}.py" for folder in ("data/toy", "data/ultrafeedback") if path.startswith(folder + "/")]
             die(f"{path}: no such file; " + (maker or ["name one with a flag, see --help"])[0])
-        self.path, self.keys = path, set(keys)
-        if path.endswith(".gz"):
-            self.file = tempfile.TemporaryFile()
-            with gzip.open(path, "rb") as packed:
-                shutil.copyfileobj(packed, self.file)
-            self.file.seek(0)
-        else:
-            self.file = open(path, "rb")
-        self.offsets = array.array("q", [0])
-        for line in self.file:
-            self.offsets.append(self.offsets[-1] + len(line))
-        self.offsets.pop()
+        self.path, self.offsets, dropped, at = path, array.array("q"), {}, 0
+        try:
+            self.file = tempfile.TemporaryFile() if path.endswith(".gz") else open(path, "rb")
+            if path.endswith(".gz"):
+                with gzip.open(path, "rb") as packed:
+                    shutil.copyfileobj(packed, self.file)
+        except (OSError, EOFError, zlib.error) as e:
+            die(f"{path}: cannot be read ({e})" + ("; it is cut short or not gzip: unpack it and look" if path.endswith(".gz") else ""))
+        size = self.file.seek(0, os.SEEK_END)
+        self.file.seek(0)
+        try:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=os.path.basename(path), delay=2, disable=rank() != 0, leave=False) as bar:
+                for number, line in enumerate(self.file, 1):
+                    if line.strip():
+                        row = read_row(line)
+                        kinds = kinds if self.offsets else [k for k in kinds if not set(k) - set(row)][:1] or kinds
+                        reason = check_row(row, kinds)
+                        if reason:
+                            dropped[reason] = dropped.get(reason, 0) + 1
+                        else:
+                            self.offsets.append(at)
+                            if each:
+                                each(row, next(k for k in kinds if set(k) <= set(row)))
+                    at += len(line)
+                    bar.update(len(line))
+        except BadRow as e:
+            die(f"{path}:{number}: {e}")
+        if dropped and rank() == 0:
+            print(f"{path}: left out " + ", ".join(f"{n} with {reason}" for reason, n in dropped.items()), file=sys.stderr)
         if not self.offsets:
-            die(f"{path}: the file is empty")
-        self[0]
+            die(f"{path}: " + ("no row is left" if dropped else "the file is empty"))
 
     def __len__(self):
         return len(self.offsets)
 
     def __getitem__(self, i):
         self.file.seek(self.offsets[i])
-        try:
-            row = json.loads(self.file.readline())
-        except ValueError as e:
-            die(f"{self.path}:{i + 1}: not JSON ({e})", everywhere=True)
-        if not isinstance(row, dict) or self.keys - set(row):
-            die(f"{self.path}:{i + 1}: needs the keys {sorted(self.keys)}", everywhere=True)
-        return row
+        return json.loads(self.file.readline())
+
+
+class BadRow(Exception):
+    pass
+
+
+def read_row(line):
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise BadRow(f"not JSON ({e}); rows are one object a line, in UTF-8")
+    if not isinstance(row, dict):
+        raise BadRow("not an object {...}")
+    return row
+
+
+def check_row(row, kinds):
+    """None for a good row, the reason to leave it out for one without a lesson; BadRow where it is broken."""
+    keys = next((k for k in kinds if set(k) <= set(row)), None)
+    if keys is None:
+        raise BadRow("needs the keys " + ", or ".join(" ".join(k) for k in kinds))
+    for key in [k for k in keys if k in ("response", "chosen", "rejected")] + [k for k in ("policy", "chosen_policy", "rejected_policy") if row.get(k) is not None]:
+        if not isinstance(row[key], str):
+            raise BadRow(f"{key} must be a string, not {str(row[key])[:40]!r}")
+    if "reward" in keys and not is_number(row["reward"]):
+        raise BadRow(f"the reward must be a finite number, not {str(row['reward'])[:40]!r}")
+    prompt = row["prompt"] if "prompt" in keys else "-"
+    if isinstance(prompt, list):
+        if not all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str) for m in prompt):
+            raise BadRow("messages must be {role, content} with the role system, user or assistant, and content a string")
+        if "user" not in (m["role"] for m in prompt):
+            raise BadRow("messages need a turn of the user")
+        prompt = "".join(m["content"] for m in prompt)
+    if not isinstance(prompt, str):
+        raise BadRow(f"prompt must be a string or a list of {{role, content}}, not {str(prompt)[:40]!r}")
+    try:
+        "".join([prompt, *(row[key] for key in keys if key != "prompt" and isinstance(row[key], str))]).encode()
+    except UnicodeEncodeError as e:
+        raise BadRow(f"half a character, {e.object[e.start]!r}; write whole ones")
+    if not prompt.strip():
+        return "an empty prompt"
+    if set(keys) == {"prompt", "response"} and not row["response"].strip():
+        return "an empty response"
+    return "two equal answers" if "chosen" in keys and row["chosen"] == row["rejected"] else None
+
+
+def is_number(x):
+    try:
+        return type(x) in (int, float) and math.isfinite(x)
+    except OverflowError:                                # an integer beyond any float
+        return False
 
 
 @functools.lru_cache(4)

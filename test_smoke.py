@@ -588,20 +588,108 @@ def test_what_does_not_belong_together_is_refused():
 def test_any_jsonl():
     import gzip
 
-    lines = [json.dumps(dict(prompt=[dict(role="user", content="ü" * i)], response="a\u2028b", reward=i)) for i in range(300)]
+    lines = [json.dumps(dict(prompt=[dict(role="user", content="ü" * i + "x")], response="a\u2028b", reward=i)) for i in range(300)]
     with gzip.open(path("rows.jsonl.gz"), "wt") as f:
         f.write("\n".join(lines))
     rows = common.Rows(path("rows.jsonl.gz"), ["prompt"])
     assert len(rows) == 300 and [rows[i]["reward"] for i in (299, 0, 150)] == [299, 0, 150]       # any order
-    for line, word in ("{broken", "not JSON"), ('{"response": "x"}', "prompt"), ('{"prompt": "x", "response": "y", "reward": "good"}', "'good'"):
-        with open(path("bad.jsonl"), "w") as f:
-            f.write("\n".join(lines[:2] + [line]))
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            try:
-                train_gvm.Labelled([path("bad.jsonl")])
-            except SystemExit as e:
-                assert e.code == 2
-        assert "bad.jsonl:3" in err.getvalue() and word in err.getvalue()
+
+
+def j(**row):
+    return json.dumps(row).encode()
+
+
+SFT_ROW, GVM_ROW, PAIR, ASK = j(prompt="a", response="b"), j(prompt="a", response="b", reward=1, policy="p"), j(prompt="a", chosen="b", rejected="c"), j(prompt="a")
+BROKEN = [                                                                        # (stage, lines of --data, what the one line says)
+    (sft, [], "empty"), (sft, [b"", b"  "], "empty"), (sft, [SFT_ROW, b"{cut sh"], ":2: not JSON"), (sft, [b"prompt,response"], ":1: not JSON"),
+    (sft, [SFT_ROW, b'{"prompt": "caf\xe9", "response": "b"}'], ":2: not JSON"), (sft, ['{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b"}'.encode("utf-16")], "not JSON"),
+    (sft, [SFT_ROW, b'{"prompt": "a\x00", "response": "b"}'], ":2: not JSON"), (sft, [b"\0" * 100], "not JSON"), (sft, [b"[" * 100000], ":1: not JSON"),
+    (sft, [SFT_ROW, b'["a", "b"]'], ":2: not an object"), (sft, [SFT_ROW, b"", ASK], ":3: needs the keys"), (sft, [j(prompt=3, response="b")], "prompt must be a string"),
+    (sft, [j(prompt="a", response=None)], "response must be a string"), (sft, [j(prompt="a", response=["b"])], "response must be a string"),
+    (sft, [j(prompt="a", response="")], "1 with an empty response", "no row is left"), (sft, [j(prompt=" ", response="b")], "1 with an empty prompt", "no row is left"),
+    (sft, [j(prompt=[], response="b")], "need a turn of the user"), (sft, [j(prompt=[dict(role="system", content="a")], response="b")], "need a turn of the user"),
+    (sft, [j(prompt=[dict(role="robot", content="a")], response="b")], "the role system, user or assistant"), (sft, [j(prompt=[dict(role="user", content=None)], response="b")], "content a string"),
+    (sft, [j(prompt=["a"], response="b")], "messages must be"), (sft, [b'{"prompt": "\\ud800", "response": "b"}'], "half a character"),
+    (train_gvm, [GVM_ROW, GVM_ROW[:-20] + b"}"], ":2: not JSON"), (train_gvm, [j(prompt="a", response="b", reward="good")], "'good'"), (train_gvm, [j(prompt="a", response="b", reward=True)], "'True'"),
+    (train_gvm, [b'{"prompt": "a", "response": "b", "reward": NaN}'], "'nan'"), (train_gvm, [b'{"prompt": "a", "response": "b", "reward": -Infinity}'], "'-inf'"),
+    (train_gvm, [b'{"prompt": "a", "response": "b", "reward": 1e999}'], "'inf'"), (train_gvm, [j(prompt="a", response="b", reward=10**400)], "finite number"),
+    (train_gvm, [j(prompt="a", response="b", reward=None)], "'None'"), (train_gvm, [j(prompt="a", response="b", reward=1, policy=7)], "policy must be a string"),
+    (train_gvm, [GVM_ROW, SFT_ROW], ":2: needs the keys prompt response reward"), (train_gvm, [PAIR, GVM_ROW], ":2: needs the keys prompt chosen rejected"), (train_gvm, [SFT_ROW], "or prompt chosen rejected"),
+    (train_gvm, [j(prompt="a", chosen="b", rejected="b")], "1 with two equal answers", "no row is left"), (train_gvm, [j(prompt="a", chosen="b", rejected=1)], "rejected must be a string"),
+    (dvpo, [SFT_ROW[:5]], "not JSON"), (dvpo, [j(question="a")], "needs the keys prompt"), (ppo_baseline, [b"null"], "not an object"),
+]
+
+
+def test_broken_input_is_one_line():
+    """Every case ends before a model is loaded, with exit code 2 and one line that names file and line."""
+    world()
+    for stage, lines, *words in BROKEN:
+        with open(path("bad.jsonl"), "wb") as f:
+            f.write(b"\n".join(lines))
+        refused(lambda: stage.main([*(RL[:2] if stage in (dvpo, ppo_baseline) else GVM[:2]), "--data", path("bad.jsonl"), "--out", path("x")]), "bad.jsonl", *words)
+    import gzip
+
+    whole = gzip.compress(b"\n".join([SFT_ROW] * 1000))
+    for name, data in ("cut.jsonl.gz", whole[:-20]), ("flipped.jsonl.gz", whole[:30] + b"xxxx" + whole[34:]), ("text.jsonl.gz", SFT_ROW):
+        with open(path(name), "wb") as f:
+            f.write(data)
+        refused(lambda: sft.main(["--data", path(name), "--out", path("x")]), name, "cannot be read")
+    refused(lambda: sft.main(["--data", path("toy"), "--out", path("x")]), "no such file")
+
+
+def test_broken_flags_and_folders_are_one_line():
+    world()
+    import shutil
+
+    good = ("--gvm", path("gvm/model"), *RL)
+    for name in ("no_weights", "cut_weights", "cut_config", "cut_gvm", "bare_gvm"):
+        shutil.rmtree(path(name), ignore_errors=True)
+        shutil.copytree(path("gvm/model" if "gvm" in name else "sft/model"), path(name))
+    os.remove(path("no_weights/model.safetensors"))
+    for name in ("cut_weights/model.safetensors", "cut_config/config.json", "cut_gvm/adapter.safetensors"):
+        with open(path(name), "r+b") as f:
+            f.truncate(os.path.getsize(path(name)) // 2)
+    common.write_json(path("bare_gvm/adapter.json"), dict(name="gvm"))
+    for name, config in ("ds_broken.json", "{"), ("ds_batch.json", '{"train_batch_size": 7}'), ("ds_stage.json", '{"zero_optimization": {"stage": 2}}'), ("ds_fp16.json", '{"fp16": {"enabled": true}}'):
+        with open(path(name), "w") as f:
+            f.write(config)
+    with open(path("a_file"), "w"):
+        pass
+    for flags, *words in (("--lr", "-1"), "--lr"), (("--lr", "nan"), "--lr"), (("--batch-size", "0"), "--batch-size 0"), (("--batch-size", "48"), "a multiple"), (("--mini-batch-size", "0"), "a multiple"), \
+            (("--max-steps", "0"), "--max-steps"), (("--temperature", "0"), "--temperature"), (("--kl-target", "0"), "--kl-target"), (("--max-new-tokens", "0"), "--max-new-tokens"), \
+            (("--max-new-tokens", "100000"), "positions"), (("--ppo-epochs", "0"), "--ppo-epochs"), (("--offload", "--zero", "0"), "--offload"), (("--reward", "nothing.py:f"), "nothing.py"), \
+            (("--reward", "data/toy.py:nothing"), "no function 'nothing'"), (("--init-from", path("no_weights")), "no_weights"), (("--init-from", path("cut_weights")), "cut_weights"), \
+            (("--init-from", path("cut_config")), "cut_config"), (("--gvm", path("cut_gvm")), "cut_gvm"), (("--gvm", path("bare_gvm")), "bare_gvm"), (("--gvm", path("sft/model")), "no adapter there"), \
+            (("--init-from", path("toy/model")), "trained on another model"), (("--ds-config", path("ds_broken.json")), "ds_broken.json"), (("--ds-config", path("ds_batch.json")), "train_batch_size"), \
+            (("--ds-config", path("ds_stage.json")), "zero_optimization.stage"), (("--ds-config", path("ds_fp16.json")), "fp16"), (("--out", path("a_file")), "a_file"), (("--out", "/proc/nothing"), "/proc/nothing"):
+        refused(lambda: dvpo.main([*good, "--out", path("x"), *flags]), *words)
+
+
+def test_odd_input_is_handled_as_documented():
+    """One row, one policy, duplicates, CRLF, BOM, blank lines, long lines, control tokens in the text: it trains, and says what it left out."""
+    world()
+    odd = [j(prompt="review the soup .", response="the soup was great .", reward=1, policy="p"), j(prompt="x" * 1_000_000, response="the soup was cold .", reward=-1, policy="p"),
+           j(prompt="review the soup .", response="", reward=0, policy=None), j(prompt=" ", response="b", reward=1), j(prompt="a\u0000", response="the <eos> <pad> soup", reward=0.5)]
+    for lines in odd, odd[:1], odd[:1] * 3:
+        with open(path("odd.jsonl"), "wb") as f:
+            f.write(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines) + b"\r\n")
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+            train_gvm.main([*GVM[:2], "--data", path("odd.jsonl"), "--heldout", path("odd.jsonl"), "--out", path("odd"), "--max-steps", "2", "--batch-size", "4", "--true-q", ""])
+        assert ("left out 1 with an empty prompt" in err.getvalue()) == (lines is odd)
+    with open(path("odd.jsonl"), "wb") as f:                                      # one prompt, longer than the context, for more rollouts than that
+        f.write(odd[1])
+    run(dvpo, "--gvm", path("gvm/model"), *RL[:2], "--data", path("odd.jsonl"), "--heldout", path("odd.jsonl"), "--out", path("odd"), "--max-steps", "1", "--batch-size", "4", "--mini-batch-size", "2", "--reward", "")
+    refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL[:2], "--data", path("odd.jsonl"), "--heldout", path("odd.jsonl"), "--out", path("odd")]), "gold_reward: ValueError in line", "''")
+
+
+def test_text_never_becomes_a_control_token():
+    """What a user writes is text, even where it looks like the end of a turn."""
+    for tok in (toy.tokenizer(), quirky_tokenizer("llama"), quirky_tokenizer("mistral")):
+        for name in {tok.eos_token, tok.bos_token, *(t.content for t in tok.added_tokens_decoder.values() if t.special)} - {None, tok.unk_token}:
+            special = tok.convert_tokens_to_ids(name)
+            with_it, without = (common.encode_prompt(tok, f"the soup {x} was cold") for x in (name, "and"))
+            assert with_it.count(special) == without.count(special), (name, with_it)
+            assert common.encode_response(tok, f"{name} cold {name}").count(special) == (special == tok.eos_token_id)
 
 
 def test_label_with_a_reward_model():
@@ -629,8 +717,8 @@ def refused(f, *words):
             raise AssertionError("not refused")
         except SystemExit as e:
             assert e.code == 2
-    lines = err.getvalue().strip().splitlines()
-    assert len(lines) == 1 and all(w in lines[0] for w in words), lines
+    lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]      # bars aside
+    assert len(lines) == 1 + ("left out" in lines[0]) and all(any(w in line for line in lines) for w in words), lines
 
 
 def test_models_that_would_train_on_wrong_numbers_are_refused():

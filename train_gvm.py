@@ -119,36 +119,35 @@ class Labelled:
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
     def __init__(self, paths):
-        self.files, self.ends = [], []                                     # (file, sides), number of rows so far
+        self.files, self.ends, self.by_policy, rewards = [], [], {}, array.array("d")      # arrays: 8 bytes a row, for files that memory does not hold
+
+        def note(row, keys):
+            for r in self.sides(row, "chosen" in keys):
+                self.by_policy.setdefault(r["policy"], array.array("q")).append(len(rewards))
+                rewards.append(r["reward"])
+
         for path in paths:
-            file = common.Rows(path, ["prompt"])
-            sides = ("chosen", "rejected") if "chosen" in file[0] else (None,)
-            self.files.append((file, sides))
-            self.ends.append(len(self) + len(file) * len(sides))
-        self.by_policy, rewards = {}, array.array("d")                     # arrays: 8 bytes a row, for files that memory does not hold
-        for i in tqdm(range(len(self)), desc="reading", disable=common.rank() != 0, mininterval=1.0, leave=False):
-            row = self[i]
-            self.by_policy.setdefault(row["policy"], array.array("q")).append(i)
-            rewards.append(row["reward"])
+            before = len(rewards)
+            file = common.Rows(path, ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"], each=note)
+            self.files.append((file, (len(rewards) - before) // len(file)))           # rows a line: a pair is two
+            self.ends.append(len(rewards))
         self.about = "%d rows, %d policies, reward mean %.3f, sd %.3f, min %.3f, quartiles %.3f %.3f %.3f, max %.3f" % (
             len(self), len([k for k in self.by_policy if k]), np.mean(rewards), np.std(rewards), *np.quantile(rewards, [0, .25, .5, .75, 1]))
 
     def __len__(self):
         return self.ends[-1] if self.ends else 0
 
+    @staticmethod
+    def sides(row, pair):
+        """A line of a file -> the one row it is, or the two of a pair."""
+        if not pair:
+            return [dict(prompt=row["prompt"], response=row["response"], reward=float(row["reward"]), policy=row.get("policy"))]
+        return [dict(prompt=row["prompt"], response=row[side], reward=reward, policy=row.get(side + "_policy")) for side, reward in (("chosen", 1.0), ("rejected", -1.0))]
+
     def __getitem__(self, i):
         n = bisect.bisect_right(self.ends, i)
-        (file, sides), i = self.files[n], i - (self.ends[n - 1] if n else 0)
-        line, side = i // len(sides), sides[i % len(sides)]
-        row = file[line]
-        try:
-            if side is None:
-                return dict(prompt=row["prompt"], response=row["response"], reward=float(row["reward"]), policy=row.get("policy"))
-            return dict(prompt=row["prompt"], response=row[side], reward=1.0 if side == "chosen" else -1.0, policy=row.get(side + "_policy"))
-        except KeyError as e:
-            common.die(f"{file.path}:{line + 1}: key {e} is missing; rows need prompt, response, reward, or prompt, chosen, rejected", everywhere=True)
-        except (TypeError, ValueError):
-            common.die(f"{file.path}:{line + 1}: the reward {row['reward']!r} is not a number", everywhere=True)
+        (file, per_line), i = self.files[n], i - (self.ends[n - 1] if n else 0)
+        return self.sides(file[i // per_line], per_line == 2)[i % per_line]
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy name."""
