@@ -924,7 +924,7 @@ class Metrics:
 
     def __init__(self, out, steps, desc, show, engine=None, first=0):
         """first: the step of the first row to come; after a resume the file keeps the rows before it and no other."""
-        self.show, self.engine, self.start, self.file = show, engine, time.time(), None
+        self.out, self.show, self.engine, self.start, self.file, self.last, self.warned = out, show, engine, time.time(), None, [], set()
         if rank() == 0:
             path, kept = os.path.join(out, "metrics.jsonl"), []
             if first:
@@ -933,29 +933,59 @@ class Metrics:
                         kept = list(itertools.islice(f, first))
                 if len(kept) < first or json.loads(kept[-1])["step"] != first - 1:
                     die(f"{path}: does not hold the steps before {first} that the checkpoint follows; put it back, or start anew without --resume")
-                self.start -= json.loads(kept[-1])["seconds"]
+                self.start, self.last = self.start - json.loads(kept[-1])["seconds"], [json.loads(line) for line in kept[-20:]]
             with open(path + ".tmp", "w") as f:
                 f.writelines(kept)
             os.replace(path + ".tmp", path)
             self.file = open(path, "a")
         self.bar = tqdm(total=steps, initial=first, desc=desc, disable=rank() != 0, dynamic_ncols=True, mininterval=1.0)
 
-    def log(self, step, **metrics):
-        """One line for `step`, means over ranks. Ends the run, exit code 1, where a number is not finite: before a checkpoint of it is written."""
+    def log(self, step, batch=None, **metrics):
+        """One line for `step`, means over ranks. Ends the run, exit code 1, where a number is not finite: before a checkpoint of it is written.
+
+        batch: tensors of the step, which are then saved aside.
+        """
         row = dict(step=step, **mean_over_ranks(metrics), seconds=round(time.time() - self.start, 3), peak_bytes=peak_bytes())
+        warnings = self.watch(row)
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(row | (dict(warnings=warnings) if warnings else {})) + "\n")
             self.file.flush()
-            self.bar.set_postfix({k: f"{row[k]:.3g}" for k in self.show if k in row}, refresh=False)
+            self.bar.set_postfix({k: f"{row[k]:.3g}" for k in self.show if k in row} | {"WARNING": w.split(":")[0] for w in warnings[:1]}, refresh=False)
+            for w in set(warnings) - self.warned:
+                tqdm.write(f"warning: from step {step} on: {w}", file=sys.stderr)
+        self.warned = set(warnings)
         self.bar.update()
         bad = [k for k, v in row.items() if not math.isfinite(v)]
-        if bad:                                                          # the batch is a function of step and seed: a rerun meets it again
+        if bad:
+            if batch:
+                torch.save({k: v.cpu() for k, v in batch.items()}, os.path.join(self.out, f"bad_step_{step}_rank_{rank()}.pt"))
+            good = [n for n in Checkpoints.steps_in(os.path.join(self.out, "checkpoint")) if n <= step]
+            self.close()
             if rank() == 0:
-                print(f"\nerror: {', '.join(bad)} at step {step} not finite; nothing of it was saved. Lower --lr, then go on with --resume", file=sys.stderr)
+                print(f"error: {', '.join(bad)} at step {step} not finite; nothing of it was saved, but its batch is in {self.out}/bad_step_{step}_rank_0.pt. "
+                      + (f"The last good checkpoint is {self.out}/checkpoint/step_{good[0]}: lower" if good else "Lower") + " --lr, then go on with --resume", file=sys.stderr)
             raise SystemExit(1)
         if self.engine is not None and self.engine.monitor.enabled and rank() == 0:
             self.engine.monitor.write_events([(k, v, step) for k, v in row.items()])
         return row
+
+    def watch(self, row, window=10):
+        """What looks wrong in the last `window` rows of a policy's training, a sentence each."""
+        self.last = (self.last + [row])[-2 * window:]
+        found, late, early = [], self.last[-window:], self.last[:window]
+        mean = lambda rows, k: sum(r[k] for r in rows) / len(rows)
+        if "entropy" in row and len(late) == window:
+            if mean(late, "entropy") < 0.02:
+                found.append("collapsed: the policy says one thing only (entropy near 0); go back and raise --kl-coef or lower --lr")
+            if mean(late, "ended") < 0.05:
+                found.append("endless: hardly any response ends; raise --max-new-tokens, or see that the SFT data end")
+            if mean(late, "length") < 1.5:
+                found.append("empty: the responses are empty; go back and raise --kl-coef")
+            if mean(late, "kl") > 60:
+                found.append("far away: over 60 nats a response from the SFT model; raise --kl-coef, lower --lr")
+            if "gold" in row and len(self.last) == 2 * window and mean(late, "gold") < mean(early, "gold") - 0.05 and mean(late, "q_mean") > mean(early, "q_mean"):
+                found.append("fooled: the value rises and the reward falls; stop, raise --kl-coef, or train the GVM on this policy's answers (tools/label.py)")
+        return found
 
     def close(self):
         self.bar.close()
@@ -1003,7 +1033,7 @@ def aside(folder):
 
 def save_model(model, tok, folder, adapter=None):
     """A plain transformers folder, adapter merged, which AutoModelForCausalLM loads; in its folder peft/ the adapter alone, for peft."""
-    with gathered(model.parameters()), aside(folder) as tmp:
+    with gathered(model.parameters()), disk(folder), aside(folder) as tmp:
         if tmp:
             model.lm.save_pretrained(tmp, state_dict={k: v.detach().cpu() for k, v in model.merged_state_dict(adapter).items()})
             tok.save_pretrained(tmp)
@@ -1047,10 +1077,14 @@ class Checkpoints:
             signal.signal(number, signal.SIG_DFL)
         self.stop = 1
 
+    @staticmethod
+    def steps_in(folder):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        return sorted((int(n[5:]) for n in names if re.fullmatch(r"step_\d+", n)), reverse=True)
+
     def steps(self):
         """Steps of the checkpoints that are there, the last one first."""
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        return sorted((int(n[5:]) for n in names if re.fullmatch(r"step_\d+", n)), reverse=True)
+        return self.steps_in(self.folder)
 
     def load(self):
         if not self.args.resume:
@@ -1098,7 +1132,9 @@ class Checkpoints:
         if not self.stop and (step + 1) % self.args.save_every:
             return
         path = os.path.join(self.folder, f"step_{step + 1}")
-        with aside(path) as tmp:
+        for name, engine in self.engines.items():
+            must_be_finite(engine.module, f"the weights of the {name} after step {step}", self)
+        with disk(path, self), aside(path) as tmp:
             tmp = tmp or path + ".tmp"
             barrier()                                                    # rank 0 has made the folder
             for name, engine in self.engines.items():
@@ -1125,6 +1161,30 @@ class Checkpoints:
                 return json.load(f) == check_sums(path)
         except (OSError, ValueError):
             return False
+
+
+def must_be_finite(model, what, checkpoints):
+    """Ends the run, exit code 1, where a trained weight of this rank's is not: a gradient was not, though the loss was."""
+    weights = [getattr(p, "ds_tensor", p) for p in model.parameters() if p.requires_grad]
+    if all_max(int(not torch.stack([w.isfinite().all() for w in weights]).all())):
+        if rank() == 0:
+            steps = checkpoints.steps()
+            print(f"\nerror: {what} are not finite; not saved. " + (f"The last good checkpoint is {checkpoints.folder}/step_{steps[0]}: lower" if steps else "Lower")
+                  + " --lr, then go on with --resume", file=sys.stderr)
+        raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def disk(path, checkpoints=None):
+    """One line, exit code 1, where what is written in here cannot be: the disk is full, most often."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:                # torch and safetensors wrap the operating system's word
+        shutil.rmtree(path + ".tmp", ignore_errors=True)
+        steps = checkpoints.steps() if checkpoints else []
+        print(f"\nerror: {path} cannot be written ({str(e).splitlines()[0][:150]}); {shutil.disk_usage(os.path.dirname(os.path.abspath(path)) or '.').free / 2**20:,.0f} MB are free. "
+              + (f"The last whole checkpoint, {checkpoints.folder}/step_{steps[0]}, stays; m" if steps else "M") + "ake room, then go on with --resume", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def check_sums(folder):

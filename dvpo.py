@@ -192,8 +192,8 @@ def main(argv=None):
         gold = {"gold": np.mean([reward(data[i]["prompt"], t) for i, t in zip(index, texts)])} if reward else {}
         mean = {k: torch.stack([s[k] for s in stats]).mean() for k in ("loss", "clip_frac", "kl_step")}
         q_mean, q_std = common.masked_moments(q[:, 1:], mask)
-        row = metrics.log(step, **mean, **gold, **clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(),
-                          adv_std=common.masked_moments(adv, mask)[1], ratio_first=stats[0]["ratio"], updates=updates,
+        row = metrics.log(step, dict(ids=ids, attn=attn, mask=mask), **mean, **gold, **clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean,
+                          q_std=q_std, v0=q[:, 0].mean(), adv_std=common.masked_moments(adv, mask)[1], ratio_first=stats[0]["ratio"], updates=updates,
                           entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(), length=mask.sum(1).float().mean(),
                           tokens=common.all_sum(mask.sum()))
         kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000

@@ -129,7 +129,7 @@ def main(argv=None):
             loss += micro.detach()
 
         # 3. log, save
-        metrics.log(step, loss=loss * common.world(), lr=lr, tokens=n_tokens)
+        metrics.log(step, dict(ids=ids, attn=attn, mask=mask), loss=loss * common.world(), lr=lr, tokens=n_tokens)
         checkpoints.save(step)
     metrics.close()
 

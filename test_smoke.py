@@ -902,17 +902,79 @@ def test_damaged_checkpoint_and_other_flags():
     assert "starting anew" in err.getvalue()
 
 
-def test_not_a_number_ends_the_run():
-    world()
+def ends_with_1(f):
+    """f() ends with exit code 1; -> what it said on stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         try:
-            sft.main([*resume_cases("0")[0][2], "--out", path("nan"), "--lr", "1e30", "--save-every", "1", "--max-steps", "9"])
+            f()
+            raise AssertionError("it went on")
         except SystemExit as e:
             assert e.code == 1
-    assert "loss at step" in err.getvalue() and "not finite" in err.getvalue()
+    return err.getvalue()
+
+
+def test_not_a_number_ends_the_run():
+    """In the loss: the step is named, its batch kept. In the weights alone, by a gradient: nothing is saved of them either."""
+    world()
+    argv = [*resume_cases("0")[0][2], "--save-every", "1", "--max-steps", "9"]
+    err = ends_with_1(lambda: sft.main([*argv, "--out", path("nan"), "--lr", "1e30"]))
     with open(path("nan/metrics.jsonl")) as f:
         bad = len(f.readlines())
-    assert 1 <= bad < 9 and f"step_{bad}" not in os.listdir(path("nan/checkpoint"))
+    assert 1 <= bad < 9 and f"loss at step {bad - 1} not finite" in err and f"step_{bad}" not in os.listdir(path("nan/checkpoint") if bad > 1 else path("nan"))
+    assert set(torch.load(path(f"nan/bad_step_{bad - 1}_rank_0.pt"), weights_only=True)) == {"ids", "attn", "mask"}
+    from unittest import mock
+
+    loss, calls = sft.sft_loss, []
+
+    def poisoned(*a):                                                             # a finite loss with a gradient that is not, at the third step
+        calls.append(1)
+        out = loss(*a)
+        return out + (out * 0).sqrt() if len(calls) == 3 else out
+
+    with mock.patch("sft.sft_loss", poisoned):
+        err = ends_with_1(lambda: sft.main([*argv, "--out", path("nan2")]))
+    assert "weights of the policy after step 2 are not finite" in err and "checkpoint/step_2" in err and sorted(os.listdir(path("nan2/checkpoint"))) == ["step_1", "step_2"]
+
+
+def test_full_disk_keeps_the_last_checkpoint():
+    """No file may grow beyond 200 kB from the second save on, which the operating system enforces as it does a full disk."""
+    world()
+    import resource
+    import shutil
+
+    save, soft_hard = common.check_sums, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def then_full(folder):
+        if folder.endswith(".tmp"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, soft_hard[1]))
+        return save(folder)
+
+    from unittest import mock
+
+    try:
+        with mock.patch("common.check_sums", then_full):
+            err = ends_with_1(lambda: sft.main([*resume_cases("0")[0][2], "--save-every", "1", "--out", path("full")]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
+    assert "step_2 cannot be written" in err and "step_1, stays" in err and os.listdir(path("full/checkpoint")) == ["step_1"], err
+    rows = run(sft, *resume_cases("0")[0][2], "--out", path("full"), "--resume")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+
+
+def test_what_looks_wrong_is_said():
+    """Collapse, answers without an end, and a value that rises while the reward falls."""
+    os.makedirs(path("watch"), exist_ok=True)
+    good = dict(entropy=1.0, ended=1.0, length=9.0, kl=1.0, q_mean=0.0, gold=0.5)
+    for change, word in (dict(), None), (dict(entropy=0.0), "collapsed"), (dict(ended=0.0), "endless"), (dict(length=1.0), "empty"), (dict(kl=99.0), "far away"), \
+            (dict(gold=0.3, q_mean=0.2), "fooled"), (dict(gold=0.3), None):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            metrics = common.Metrics(path("watch"), 25, "watch", ())
+            for step in range(25):
+                metrics.log(step, **(good if step < 10 else good | change))
+            metrics.close()
+        assert err.getvalue().count("warning: ") == (word is not None) and (word or "") in err.getvalue(), (change, err.getvalue())
+        with open(path("watch/metrics.jsonl")) as f:
+            assert [json.loads(line).get("warnings", [""])[0].split(":")[0] for line in f][-1] == (word or "")
 
 
 def test_sigterm_saves_and_ends_well():

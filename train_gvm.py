@@ -326,7 +326,7 @@ def main(argv=None):
         # 3. running moments of Q over response tokens, for dvpo.py; log, save
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else 0.99 * running + 0.01 * moments
-        metrics.log(step, loss=loss * common.world(), q_mean=moments[0], q_std=moments[1], tokens=common.all_sum(mask.sum()))
+        metrics.log(step, dict(ids=ids, attn=attn, mask=mask), loss=loss * common.world(), q_mean=moments[0], q_std=moments[1], tokens=common.all_sum(mask.sum()))
         checkpoints.save(step, running=running)
     metrics.close()
 
