@@ -126,6 +126,7 @@ def flags(doc, argv, *stages):
     p.add_argument("--save-every", type=int, default=d.save_every, help="write a checkpoint to go on from every so many steps, and on SIGTERM and Ctrl-C")
     p.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --out, where there is one")
     p.add_argument("--offload", action="store_true", help="keep the optimizer's states in CPU memory: slower, 12 bytes a trainable parameter less on the GPU (ZeRO 1 to 3)")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="keep each block's input only and compute the rest again in the backward pass: a third slower, far less memory")
     p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's own settings")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
     return p, d
@@ -318,6 +319,10 @@ class LM(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm, self.heads, self.adapters, self.fingerprint = lm, nn.ModuleDict(), {}, fingerprint(lm)
+
+    def checkpoint_blocks(self):
+        """--gradient-checkpointing; in train() mode only."""
+        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
 
     def add_adapter(self, name, r, alpha, dropout=0.0, trainable=True):
         """LoRA on every linear projection of the blocks, Conv1D (GPT-2) included, whatever the architecture."""
@@ -568,7 +573,8 @@ def probe(model):
     ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
     adapter, head = ([k for k, m in held.items() if any(p.requires_grad for p in m)] for held in (
         {k: [x for layer in model.lora_layers() for x in (layer.A[k].weight, layer.B[k].weight)] for k in model.adapters}, {k: h.parameters() for k, h in model.heads.items()}))
-    own, kept = {p.data_ptr() for p in model.parameters()}, {}
+    own, kept, mode = {p.data_ptr() for p in model.parameters()}, {}, model.training
+    model.train()
 
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -578,6 +584,7 @@ def probe(model):
         out = model(ids, torch.ones_like(ids), 15, *adapter[:1], head=(head or [None])[0])
     activation = sum(size for at, size in kept.items() if at not in own) / 16
     del out
+    model.train(mode)
     cache = DynamicCache()
     with torch.no_grad():
         model.hidden(ids, torch.ones_like(ids), 0, cache)

@@ -120,6 +120,8 @@ def main(argv=None):
     model, adapter = (trunk, "policy") if args.lora else (common.load_model(args.init_from), None)
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
+    if args.gradient_checkpointing:
+        model.checkpoint_blocks()
     length = args.max_prompt_length + args.max_new_tokens
     common.memory_plan({"policy, reference, GVM": model} if args.lora else {"policy": model, "reference, GVM": trunk}, args,
                        args.mini_batch_size, length, args.max_new_tokens, decode=(args.batch_size, length))

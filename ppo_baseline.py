@@ -145,6 +145,8 @@ def train_reward_model(args, tok, device):
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
     out = os.path.dirname(args.rm)
     os.makedirs(out, exist_ok=True)
+    if args.gradient_checkpointing:
+        rm.checkpoint_blocks()
     common.memory_plan({"trunk, reward model": rm}, args, 2 * args.rm_batch_size, args.max_length)
     common.seed(args)
     checkpoints = common.Checkpoints(args, out, rm=engine)
@@ -198,6 +200,8 @@ def main(argv=None):
     model, critic_model = common.load_model(args.init_from), common.load_model(args.init_from)
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")
+    if args.gradient_checkpointing:
+        model.checkpoint_blocks(), critic_model.checkpoint_blocks()
     length = args.max_prompt_length + args.max_new_tokens
     common.memory_plan({"policy": model, "critic": critic_model, "reference" if reward else "reference, reward model": trunk}, args,
                        args.mini_batch_size, length, args.max_new_tokens, decode=(args.batch_size, length))

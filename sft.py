@@ -101,6 +101,8 @@ def main(argv=None):
     device = common.start(args)
     model = common.load_model(args.init_from)
     common.check_context(model, args.max_length, "--max-length")
+    if args.gradient_checkpointing:
+        model.checkpoint_blocks()
     common.memory_plan({"policy": model}, args, args.batch_size // args.grad_accum, args.max_length, args.max_length)
     actor = common.actor(model, args) if reward else model
     policy = common.engine(model, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)

@@ -814,6 +814,17 @@ def test_no_hub_is_one_line():
             "python sft.py --model llama3-3b")
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    world()
+    plain, again = (run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("remat", str(i)), "--max-steps", 2, "--batch-size", 16, "--mini-batch-size", 8, *more)
+                    for i, more in enumerate(((), ("--gradient-checkpointing",))))
+    for a, b in zip(plain, again):
+        close(a["loss"], b["loss"], 1e-6), close(a["kl"], b["kl"], 1e-5)
+        assert b["ratio_first"] == 1.0
+    activations = [v for i in "01" for k, v in json.load(open(path("remat", i, "memory.json")))["plan"].items() if k.startswith("activations")]
+    assert activations[1] < 0.7 * activations[0], activations
+
+
 def test_optimizer_offload_changes_nothing():
     world()
     for zero in ("1", "3"):

@@ -288,6 +288,8 @@ def main(argv=None):
     heldout = Labelled([args.heldout])
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm")
+    if args.gradient_checkpointing:
+        gvm.checkpoint_blocks()
     common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
     if common.rank() == 0:
         print(data.about)
