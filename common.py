@@ -772,7 +772,7 @@ class Rows:
     """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory.
 
     kinds: sets of keys, of which the first line shows one; every row must have them. All lines are looked at before anything else happens: a broken one ends
-    the run and is named; an empty prompt, an empty answer to learn by heart, a pair of equals is left out and counted. each(row, its keys): called for every row kept.
+    the run and is named; an empty prompt, and a pair of equals, is left out and counted; an empty answer is kept: it teaches to end at once. each(row, its keys): called for every row kept.
     A .gz is unpacked into an unnamed temporary file first: seeking in a compressed file would unpack it from the start each time.
     """
 
@@ -859,8 +859,6 @@ def check_row(row, kinds):
         raise BadRow(f"half a character, {e.object[e.start]!r}; write whole ones")
     if not prompt.strip():
         return "an empty prompt"
-    if set(keys) == {"prompt", "response"} and not row["response"].strip():
-        return "an empty response"
     return "two equal answers" if "chosen" in keys and row["chosen"] == row["rejected"] else None
 
 
