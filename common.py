@@ -435,17 +435,19 @@ class Decoder:
 
     def __init__(self, model, ids, attn, adapter=None):
         model.switch(adapter)
-        self.lm, self.attn, self.cache = model.lm, attn, DynamicCache()
-        self.step(ids, attn.cumsum(1) - 1)
+        self.trunk, self.head, self.cache = model.lm.base_model, model.lm.get_output_embeddings(), DynamicCache()
+        self.attn = None if attn.all() else attn         # prompts of one length need no mask
+        self.positions = (attn.cumsum(1) - 1).clamp(min=0)
+        self.step(ids)
 
-    def step(self, ids, positions):
-        out = self.lm(input_ids=ids, attention_mask=self.attn, position_ids=positions.clamp(min=0), past_key_values=self.cache,
-                      use_cache=True, logits_to_keep=1)
-        self.logits = out.logits[:, -1].float()
+    def step(self, ids):
+        out = self.trunk(input_ids=ids, attention_mask=self.attn, position_ids=self.positions, past_key_values=self.cache, use_cache=True)
+        self.logits = self.head(out.last_hidden_state[:, -1]).float()
 
     def __call__(self, token):
-        self.attn = F.pad(self.attn, (0, 1), value=1)
-        self.step(token[:, None], self.attn.sum(1, keepdim=True) - 1)
+        self.attn = None if self.attn is None else F.pad(self.attn, (0, 1), value=1)
+        self.positions = self.positions[:, -1:] + 1
+        self.step(token[:, None])
 
 
 def load_model(path, trainable=True):

@@ -70,8 +70,9 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     decode = common.Decoder(model, ids, attn, adapter)
     ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
     for t in range(args.max_new_tokens):
-        probs = (decode.logits / args.temperature).softmax(-1)                                 # (B, V)
-        token = (probs / torch.empty_like(probs).exponential_()).argmax(-1)                    # a sample; the host need not wait
+        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
+        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # a sample; the host need not wait
         response.append(token.masked_fill(ended, tok.pad_token_id))
         mask.append(~ended)
         ended = ended | (token == tok.eos_token_id)
