@@ -670,6 +670,13 @@ def test_broken_flags_and_folders_are_one_line():
             (("--init-from", path("toy/model")), "trained on another model"), (("--ds-config", path("ds_broken.json")), "ds_broken.json"), (("--ds-config", path("ds_batch.json")), "train_batch_size"), \
             (("--ds-config", path("ds_stage.json")), "zero_optimization.stage"), (("--ds-config", path("ds_fp16.json")), "fp16"), (("--out", path("a_file")), "a_file"), (("--out", "/proc/nothing"), "/proc/nothing"):
         refused(lambda: dvpo.main([*good, "--out", path("x"), *flags]), *words)
+    import socket
+
+    with socket.socket() as taken:                                                # a launcher's port that somebody else has
+        taken.bind(("127.0.0.1", 0)), taken.listen()
+        done = script(sys.executable, "dvpo.py", *good, "--out", path("x"),
+                      env=dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1])))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--master_port" in done.stderr, done.stderr
 
 
 def test_odd_input_is_handled_as_documented():
