@@ -56,13 +56,20 @@ def split(train, valid, folder):
 
 
 def yardsticks(train, valid):
-    """Accuracy over the pairs of table 4 of two judges who read nothing: the longer answer wins, the policy with the better average wins."""
+    """Accuracy over the pairs of table 4 of judges who read nothing: the longer answer wins, as it is and as far as a GVM sees it behind 0 and 2 pairs of tau;
+    the policy with the better average wins."""
     rows, known = list(common.Rows(valid, [])), common.Rows(train, [])
     mean = {}
     for r in known:
         mean.setdefault(r["policy"], []).append(r["reward"])
     judge = lambda f: train_gvm.table4(rows, [(None, np.array([0.0, f(r)])) for r in rows], MIN_GAP)[0]["mean"]
-    return dict(longer_wins=judge(lambda r: len(r["response"])), better_average_wins=judge(lambda r: np.mean(mean[r["policy"]])))
+    tok, data, room = common.load_tokenizer("out/real/scratch"), train_gvm.Labelled([valid]), argparse.Namespace(max_length=GVM[1], tau_length=GVM[3])
+    out = dict(longer_wins=judge(lambda r: len(r["response"])), better_average_wins=judge(lambda r: np.mean(mean[r["policy"]])))
+    for pairs in (0, 2):
+        taus = [data.tau(r["policy"], r["prompt"], pairs, np.random.default_rng([1, i])) for i, r in enumerate(rows)]
+        seen = {id(r): len(s) for r, s in zip(rows, train_gvm.encode(tok, rows, taus, room)[1])}
+        out[f"longer_wins_seen_behind_{pairs}"] = judge(lambda r: seen[id(r)])
+    return out
 
 
 def gvm(run):
@@ -81,7 +88,8 @@ def report(runs, marks, sft, seconds):
              f"Settings: scratch_model {' '.join(map(str, SCRATCH))}; sft {' '.join(map(str, SFT))}; train_gvm {' '.join(map(str, GVM))}.", "",
              f"Accuracy over {runs[0]['pairs']} pairs of answers to unseen prompts whose rewards differ by more than {MIN_GAP}; the last two columns: correlation of "
              f"V(s_0 | tau) with the policies' mean rewards, over all, and over the {len(UNSEEN)} left out of training ({', '.join(UNSEEN)}).", "",
-             f"Yardsticks: the longer answer wins {marks['longer_wins']:.3f}; the policy with the better average wins {marks['better_average_wins']:.3f}.", "",
+             f"Yardsticks: the longer answer wins {marks['longer_wins']:.3f}, but {marks['longer_wins_seen_behind_0']:.3f} and {marks['longer_wins_seen_behind_2']:.3f} where length is what a GVM "
+             f"sees of it, behind no tau and behind two pairs (--max-length cuts what is longer); the policy with the better average wins {marks['better_average_wins']:.3f}.", "",
              "| tau pairs | batch norm | td_lambda | seed | mean | P1 | P5 | P10 | P90 | P95 | P99 | last | V(s_0) all | V(s_0) left out | seconds |", "|" + "---|" * 15]
     lines += [f"| {r['tau_pairs']} | {'on' if r['batch_norm'] else 'off'} | {r['td_lambda']} | {r['seed']} | " + " | ".join(f"{v:.3f}" for v in r["accuracy"].values())
               + f" | {r['v0_correlation']:.3f} | {unseen(r):.3f} | {r['seconds']} |" for r in runs]
