@@ -62,6 +62,8 @@ def main(argv=None):
     p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
+    if min(args.n, args.batch_size, args.max_new_tokens, *args.temperatures) <= 0:
+        common.die("--n, --batch-size, --max-new-tokens and --temperatures must be above 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prompts, tok = common.Rows(args.prompts, ["prompt"]), common.load_tokenizer(args.policy)
     policy = common.load_model(args.policy, trainable=False).eval()
