@@ -80,8 +80,8 @@ def child(method, folder, argv):
         common.Clock.wait()
         spent["optimizer"] += time.perf_counter() - start
 
-    def log_and_wait(self, number, **metrics):
-        row = log(self, number, **metrics)
+    def log_and_wait(self, number, *batch, **metrics):
+        row = log(self, number, *batch, **metrics)
         if common.rank() == 0:
             row |= dict(sec_step=time.perf_counter() - begin[0], sec_optimizer=spent["optimizer"])
             row["peak_reserved"] = torch.cuda.max_memory_reserved() if CUDA else row["peak_bytes"]
