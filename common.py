@@ -393,14 +393,15 @@ CHUNK = 1024                                             # positions whose logit
 def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=CHUNK):
     """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (B, T, D), (B, T) -> (B, T).
 
-    In chunks of positions under activation checkpointing: the (B, T, V) logits never exist at once, forward or backward.
+    In chunks of positions under activation checkpointing: the (B, T, V) logits never exist at once, forward or backward. A single chunk is kept for the
+    backward pass instead: it would be there again anyway.
     """
     def part(h, y):
         logits = lm_head(h).float() / temperature
         return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     h, y = hidden.flatten(0, 1), targets.flatten()
-    parts = [checkpoint(part, h[i:i + chunk], y[i:i + chunk], use_reentrant=False) if torch.is_grad_enabled()
+    parts = [checkpoint(part, h[i:i + chunk], y[i:i + chunk], use_reentrant=False) if torch.is_grad_enabled() and len(y) > chunk
              else part(h[i:i + chunk], y[i:i + chunk]) for i in range(0, len(y), chunk)]
     return torch.cat(parts).view_as(targets)
 
@@ -573,8 +574,7 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
 def probe(model):
     """Bytes that a backward keeps of each token, and bytes of its KV cache: measured on one short row, whatever the architecture."""
     ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
-    adapter, head = ([k for k, m in held.items() if any(p.requires_grad for p in m)] for held in (
-        {k: [x for layer in model.lora_layers() for x in (layer.A[k].weight, layer.B[k].weight)] for k in model.adapters}, {k: h.parameters() for k, h in model.heads.items()}))
+    adapter = [k for k in model.adapters if any(layer.A[k].weight.requires_grad for layer in model.lora_layers())]
     own, kept, mode = {p.data_ptr() for p in model.parameters()}, {}, model.training
     model.train()
 
@@ -583,7 +583,8 @@ def probe(model):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model(ids, torch.ones_like(ids), 15, *adapter[:1], head=(head or [None])[0])
+        model.switch((adapter or [None])[0])
+        out = model.hidden(ids, torch.ones_like(ids), 15)              # the head's logits are counted by themselves
     activation = sum(size for at, size in kept.items() if at not in own) / 16
     del out
     model.train(mode)

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -25,10 +26,10 @@ from safetensors.torch import load_file
 
 ROOT = "out/soak"
 STAGES = {
-    "sft": ("sft.py", "--max-steps", "60"),
-    "gvm": ("train_gvm.py", "--init-from", f"{ROOT}/base/sft/model", "--max-steps", "40"),
-    "dvpo": ("dvpo.py", "--init-from", f"{ROOT}/base/sft/model", "--gvm", f"{ROOT}/base/gvm/model", "--max-steps", "40"),
-    "ppo": ("ppo_baseline.py", "--init-from", f"{ROOT}/base/sft/model", "--rm", f"{ROOT}/base/rm/model", "--rm-max-steps", "30", "--max-steps", "40"),
+    "sft": ("sft.py", "--max-steps", "400"),
+    "gvm": ("train_gvm.py", "--init-from", f"{ROOT}/base/sft/model", "--max-steps", "150"),
+    "dvpo": ("dvpo.py", "--init-from", f"{ROOT}/base/sft/model", "--gvm", f"{ROOT}/base/gvm/model", "--max-steps", "60"),
+    "ppo": ("ppo_baseline.py", "--init-from", f"{ROOT}/base/sft/model", "--rm", f"{ROOT}/base/rm/model", "--rm-max-steps", "30", "--max-steps", "60"),
 }
 
 
@@ -57,13 +58,20 @@ def kills(n, seed):
         straight, again, argv = f"{ROOT}/straight/{stage}", f"{ROOT}/killed/{stage}", [*argv, "--save-every", "5", "--zero", "1"]
         begin = time.time()
         finish(straight, argv)
-        whole, lost, done = time.time() - begin, [], 0
+        whole, lost, done, equal = time.time() - begin, [], 0, []
+
+        def look():
+            """Let it come to its end, compare, and make room for another run."""
+            finish(again, [*argv, "--resume"])
+            weights = [{k: v for f in sorted(glob.glob(f"{out}/model/*.safetensors")) for k, v in load_file(f).items()} for out in (straight, again)]
+            equal.append(rows(again) == rows(straight) and all((weights[0][k] == weights[1][k]).all().item() for k in weights[0]))
+            os.rename(again, f"{again}_{len(equal)}")
+
         while done < n // len(STAGES) + (i < n % len(STAGES)):
             process = start(again, [*argv, "--resume"])
             time.sleep(draw.uniform(0.2, 1.0) * whole)
-            if process.poll() is not None:                                  # it got through: the next kill needs a run of its own
-                assert process.returncode == 0 and rows(again) == rows(straight), again
-                os.rename(again, f"{again}_{done}")
+            if process.poll() is not None:                                  # it got through before it was hit
+                look()
                 continue
             os.killpg(process.pid, 9)
             process.wait()
@@ -71,10 +79,11 @@ def kills(n, seed):
             saved = [int(os.path.basename(p)[5:]) for p in glob.glob(f"{again}/checkpoint/step_*") if p[-1].isdigit()]
             lost.append(max(0, len(rows(again)) - max(saved, default=0)))
             print(f"{stage}: kill {done}, {len(rows(again))} steps done, {lost[-1]} to do again", flush=True)
-        finish(again, [*argv, "--resume"])
-        weights = [{k: v for f in sorted(glob.glob(f"{out}/model/*.safetensors")) for k, v in load_file(f).items()} for out in (straight, again)]
-        equal = rows(again) == rows(straight) and all((weights[0][k] == weights[1][k]).all().item() for k in weights[0])
-        found.append(dict(stage=stage, kills=done, steps=len(rows(straight)), lost=lost, equal=bool(equal)))
+            if len(rows(again)) == len(rows(straight)):                     # nothing is left to lose
+                look()
+        if os.path.exists(again):
+            look()
+        found.append(dict(stage=stage, kills=done, runs=len(equal), steps=len(rows(straight)), lost=lost, equal=all(equal)))
     return found
 
 
@@ -120,8 +129,8 @@ def report(data):
     lines = ["# Soak", "", f"Command: `{data['command']}`. Machine: {data['machine']}."]
     if "kills" in data:
         lines += ["", f"## {sum(r['kills'] for r in data['kills'])} kills with SIGKILL at random moments, --save-every 5, ZeRO-1", "",
-                  "| stage | steps | kills | steps to do again, each kill | metrics and weights equal to an undisturbed run, bit for bit |", "|---|---|---|---|---|"]
-        lines += [f"| {r['stage']} | {r['steps']} | {r['kills']} | {' '.join(map(str, r['lost']))} | {'yes' if r['equal'] else 'NO'} |" for r in data["kills"]]
+                  "| stage | steps | runs | kills | steps to do again, each kill | metrics and weights equal to an undisturbed run, bit for bit |", "|---|---|---|---|---|---|"]
+        lines += [f"| {r['stage']} | {r['steps']} | {r['runs']} | {r['kills']} | {' '.join(map(str, r['lost']))} | {'yes' if r['equal'] else 'NO'} |" for r in data["kills"]]
     if "rank" in data:
         r = data["rank"]
         lines += ["", "## One rank of two killed", "", f"The launcher ended {r['seconds']} s later with exit code {r['exit_code']}; processes left: {r['left_alive']}. It said: `{' / '.join(r['said'])}`"]
@@ -143,11 +152,12 @@ def main(argv=None):
     p.add_argument("--rank", action=argparse.BooleanOptionalAction, default=True, help="kill one rank of two")
     p.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
     args = p.parse_args(argv)
-    if os.path.exists(ROOT):
-        sys.exit(f"error: {ROOT} is there from another time; remove it first")
+    for part in ("straight", "killed", "rank", "long"):
+        shutil.rmtree(f"{ROOT}/{part}", ignore_errors=True)
     data = dict(command="python data/toy.py && python tools/soak.py " + " ".join(sys.argv[1:]), machine=f"{os.cpu_count()} cores, {platform.machine()}")
-    finish(f"{ROOT}/base/sft", ["sft.py"])
-    finish(f"{ROOT}/base/gvm", ["train_gvm.py", "--init-from", f"{ROOT}/base/sft/model"])
+    if not os.path.exists(f"{ROOT}/base/gvm/model"):
+        finish(f"{ROOT}/base/sft", ["sft.py"])
+        finish(f"{ROOT}/base/gvm", ["train_gvm.py", "--init-from", f"{ROOT}/base/sft/model"])
     if args.kills:
         data["kills"] = kills(args.kills, args.seed)
     if args.rank:
