@@ -141,7 +141,6 @@ def train_reward_model(args, tok, device):
     rm = common.load_model(args.init_from, trainable=False)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")
-    engine = common.engine(rm, args, args.rm_lr, args.rm_batch_size)
     batch = args.rm_batch_size * common.world()
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
     out = os.path.dirname(args.rm)
@@ -149,6 +148,7 @@ def train_reward_model(args, tok, device):
     if args.gradient_checkpointing:
         rm.checkpoint_blocks()
     common.memory_plan({"trunk, reward model": rm}, args, 2 * args.rm_batch_size, args.max_length)
+    engine = common.engine(rm, args, args.rm_lr, args.rm_batch_size)
     common.seed(args)
     checkpoints = common.Checkpoints(args, out, rm=engine)
     first, state = checkpoints.load()

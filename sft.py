@@ -97,6 +97,7 @@ def main(argv=None):
     train = common.Rows(args.data, ["prompt", "response"])
     heldout = common.Rows(args.heldout, ["prompt", "response"])
     reward = common.load_function(args.reward)
+    prompts = common.Rows(args.prompts, ["prompt"]) if reward else None
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
     model = common.load_model(args.init_from)
@@ -135,13 +136,13 @@ def main(argv=None):
         checkpoints.save(step)
     metrics.close()
 
-    # 4. held-out loss, save
+    # 4. save, held-out loss
     policy.eval()
+    common.save_model(model, tok, os.path.join(args.out, "model"))
     summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
     if reward:
         common.refresh(actor, model)
-        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(actor, tok, common.Rows(args.prompts, ["prompt"]), reward, args, device)))["gold"]
-    common.save_model(model, tok, os.path.join(args.out, "model"))
+        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(actor, tok, prompts, reward, args, device)))["gold"]
     common.write_json(os.path.join(args.out, "summary.json"), summary)
     if common.rank() == 0:
         print(f"held-out loss {summary['heldout_loss']:.4f} nats a token" + (f", gold reward of samples {summary['gold']:.3f}" if reward else "")

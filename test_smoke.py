@@ -835,8 +835,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     for a, b in zip(plain, again):
         close(a["loss"], b["loss"], 1e-6), close(a["kl"], b["kl"], 1e-5)
         assert b["ratio_first"] == 1.0
-    activations = [v for i in "01" for k, v in json.load(open(path("remat", i, "memory.json")))["plan"].items() if k.startswith("activations")]
-    assert activations[1] < 0.7 * activations[0], activations
+    model = tiny_gpt2()
+    before = common.probe(model)
+    model.checkpoint_blocks()
+    after = common.probe(model)
+    assert after["activation"] < 0.5 * before["activation"] and after["cache"] == before["cache"] > 0
 
 
 def test_optimizer_offload_changes_nothing():
@@ -861,7 +864,7 @@ def resume_cases(zero):
                           path("toy/prompts_heldout.jsonl"), "--batch-size", "8", *common_flags)),
             ("gvm", train_gvm, (*gvm, *common_flags)), ("dvpo", dvpo, ("--gvm", path("gvm/model"), *rl)),
             ("lora", dvpo, ("--gvm", path("gvm/model"), "--lora", *rl)),
-            ("ppo", ppo_baseline, ("--rm", path("rm3/model"), "--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"),
+            ("ppo", ppo_baseline, ("--rm", path("rm3", zero, "model"), "--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"),
                                    "--rm-max-steps", "2", *rl))]
 
 
@@ -958,6 +961,14 @@ def test_not_a_number_ends_the_run():
 
     with mock.patch("sft.sft_loss", poisoned):
         err = ends_with_1(lambda: sft.main([*argv, "--out", path("nan2")]))
+        calls.clear()
+        with contextlib.redirect_stderr(io.StringIO()) as warned, contextlib.redirect_stdout(io.StringIO()):
+            sft.main([*argv, "--out", path("nan3"), "--zero", "1"])               # DeepSpeed leaves that update out: said, and the run goes on
+    assert "gradient at step 2 was not finite" in warned.getvalue() and warned.getvalue().count("not finite") == 1
+    with mock.patch("sft.sft_loss", lambda *a: loss(*a) + (loss(*a) * 0).sqrt()):
+        assert "steps in a row, 0 to 2, are not finite" in ends_with_1(lambda: sft.main([*argv, "--out", path("nan4"), "--zero", "1"]))
+        assert "weights for" in ends_with_1(lambda: sft.main([*argv, "--out", path("nan5"), "--save-every", "100", "--max-steps", "1"]))
+    assert not os.path.exists(path("nan5/model"))
     assert "weights of the policy after step 2 are not finite" in err and "checkpoint/step_2" in err and sorted(os.listdir(path("nan2/checkpoint"))) == ["step_1", "step_2"]
 
 
@@ -1066,9 +1077,9 @@ def test_two_ranks_equal_one_and_zero_3_equals_zero_1():
     gvm = (*GVM, "--max-steps", "3", "--tau-pairs", "1")
     one = run(train_gvm, *gvm, "--out", path("one"), "--batch-size", "32")
     rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16")
-    ppo = ("--rm", path("rm2/model"), "--rm-max-steps", "3", "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_heldout.jsonl"))
+    ppo = ("--rm-max-steps", "3", "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_heldout.jsonl"))
     two, *rest = two_ranks((train_gvm, (*gvm, "--out", path("two"), "--batch-size", "16", *ds3)),
-                           *((stage, (*rl, *own, "--out", path(stage.__name__, zero[1]), *zero)) for stage, own in ((dvpo, ("--gvm", path("gvm/model"))), (ppo_baseline, ppo))
+                           *((stage, (*rl, *own(zero[1]), "--out", path(stage.__name__, zero[1]), *zero)) for stage, own in ((dvpo, lambda z: ("--gvm", path("gvm/model"))), (ppo_baseline, lambda z: (*ppo, "--rm", path("rm2", z, "model"))))
                              for zero in (("--zero", "1"), ds3)))
     for a, b in zip(one, two):
         close(a["loss"], b["loss"], 1e-5), close(a["q_std"], b["q_std"], 1e-5)

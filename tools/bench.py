@@ -21,6 +21,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import psutil
 import torch
 
 import common
@@ -140,8 +141,10 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
                 seen[m].append(turn(m, n))
                 print(f"{shape}, {rows} rows, {new} new tokens, round {n}: {m} {seen[m][-1]['sec_step']:.2f} s", flush=True)
     finally:
-        for process in files.values():
-            process.kill()
+        for process in files.values():                                     # and the ranks of a launcher, which have sessions of their own
+            for p in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+                p.kill()
+            process.wait()
     out = {}
     for m in methods:
         middle = {k: statistics.median(r[k] for r in seen[m]) for k in ("sec_step", "sec_generate", "sec_score", "sec_train", "sec_optimizer", "tokens") if k in seen[m][0]}
@@ -182,7 +185,7 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     """Seconds by phase of one step, from counted operations and bytes alone.
 
     n tokens forward through the blocks: 2 n (weights) + attention over half the length; through the head: 2 n V D. Backward: twice that; once
-    where the weights are frozen. The head runs forward once more in the backward pass (its logits are not kept). Decoding reads all weights per token.
+    where the weights are frozen. Decoding reads all weights, and the cache, once per token.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -195,13 +198,16 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     forward = lambda n, context: 2 * n * blocks + 4 * n * (context / 2) * D * layers
     head = lambda n: 2 * n * V * D
     body, top, size = forward(rows * length, length), head(rows * new), torch.finfo(DTYPE).bits // 8
-    pairs = min(PAIRS, (512 - a.prompt) // (a.prompt + min(new, 128)))                       # of tau, that fit in half the GVM's --max-length
+    pairs = max(0, min(PAIRS, (512 - a.prompt) // (a.prompt + min(new, 128))))                       # of tau, that fit in half the GVM's --max-length
     tau = pairs * (a.prompt + min(new, 128))
-    method = "ppo" if method == "trl" else method
     value = 2 * body if method == "ppo" else forward(tau, tau) + body + 4 * rows * length * tau * D * layers
-    train = a.ppo_epochs * {"ppo": 6 * body + 4 * top, "dvpo": 3 * body + 4 * top, "lora": 2 * body + 3 * top}[method]
+    again = min(a.mini_batch_size, rows) * new > common.CHUNK                                # the head runs forward once more in the backward pass
+    attention = 4 * rows * length * (length / 2) * D * layers                                # its backward is twice its forward, whatever is frozen
+    train = a.ppo_epochs * {"ppo": 6 * body + (3 + again) * top, "dvpo": 3 * body + (3 + again) * top, "lora": 2 * body + attention + (2 + again) * top}[method]
     updates = a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
-    step = max(total * size / rate["bandwidth"], (2 * blocks * rows + head(rows)) / rate["operations"])
+    cache = rows * (a.prompt + new / 2) * 2 * layers * D * getattr(lm.config, "num_key_value_heads", lm.config.num_attention_heads) / lm.config.num_attention_heads
+    read = total - (0 if lm.config.tie_word_embeddings else V * D)
+    step = max((read + cache) * size / rate["bandwidth"], (2 * blocks * rows + head(rows)) / rate["operations"])
     seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * step, score=(2 * (body + top) + value) / rate["operations"],
                    optimizer={"ppo": 2, "dvpo": 1, "lora": 0}[method] * updates * total * 4 * 10 / rate["bandwidth"])    # norm, clip; AdamW: 4 reads, 3 writes
     return dict(seconds, train=train / rate["operations"] + seconds["optimizer"], step=sum(seconds.values()) + train / rate["operations"])
@@ -247,11 +253,11 @@ def report(data, path):
         out += ["", f"## {shape}: PPO and DVPO in turns", "", f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
                 f"bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."]
         out += table(("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
-            (m, *(f"{r['sec_' + k]:.2f}" if "sec_" + k in r else "" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}",
+            (m, *(f"{r['sec_' + k]:.2f}" if "sec_" + k in r else "" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", *((f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}") if m in want else ("", "")),
              f"{r['peak'] / MB:,.0f}", *((f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") if "planned" in r else ("", ""))) for m, r in got.items()])
         for base in [m for m in ("trl", "ppo") if m in got]:
             out += table((f"against {base}", "time", "predicted", "measured / predicted", "smallest and largest of the rounds", "memory"), [
-                (m, f"{r['sec_step'] / got[base]['sec_step']:.3f}", f"{want[m]['step'] / want[base]['step']:.3f}", f"{r['sec_step'] / got[base]['sec_step'] / (want[m]['step'] / want[base]['step']):.3f}",
+                (m, f"{r['sec_step'] / got[base]['sec_step']:.3f}", *((f"{want[m]['step'] / want[base]['step']:.3f}", f"{r['sec_step'] / got[base]['sec_step'] / (want[m]['step'] / want[base]['step']):.3f}") if base in want else ("", "")),
                  " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got[base]['rounds'])):.3f}" for f in (min, max)), f"{r['peak'] / got[base]['peak']:.3f}")
                 for m, r in got.items() if m not in (base, "trl")])
         out += ["What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}" for k, v in r["plan"].items()) for m, r in got.items() if "plan" in r) + "."]
@@ -304,7 +310,7 @@ def main(argv=None):
         data["growth"] = dict(command=words, points=points)
     else:
         rate = machine(a.shape)
-        part = dict(command=words, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods}, measured=side_by_side(a, a.methods, a.rounds))
+        part = dict(command=words, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods if m != "trl"}, measured=side_by_side(a, a.methods, a.rounds))
         data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (f", {a.world} ranks" if a.world > 1 else "")] = part
     common.write_json(a.to, data)
     report(data, a.to[:-5] + ".md")

@@ -152,6 +152,8 @@ def main(argv=None):
     p.add_argument("--rank", action=argparse.BooleanOptionalAction, default=True, help="kill one rank of two")
     p.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
     args = p.parse_args(argv)
+    if 0 < args.steps < 500:
+        sys.exit("error: --steps: 0, or at least 500")
     for part in ("straight", "killed", "rank", "long"):
         shutil.rmtree(f"{ROOT}/{part}", ignore_errors=True)
     data = dict(command="python data/toy.py && python tools/soak.py " + " ".join(sys.argv[1:]), machine=f"{os.cpu_count()} cores, {platform.machine()}")
