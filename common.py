@@ -542,7 +542,7 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     """What a stage is going to hold, a line each, against what the device has; ends the run, with advice, where it cannot fit.
 
     models {role: LM}; rows x length tokens, `sampled` of each row's under the log-softmax: its largest forward with a backward; decode: rows, tokens of
-    the KV cache. Also in OUT/memory.json. Agrees with the peak of dvpo.py and ppo_baseline.py to 15 % (results/bench_cpu.md).
+    the KV cache. Also in OUT/memory.json. tools/bench.py sets it beside the measured peak.
     """
     n, cuda, MB = world(), torch.cuda.is_available(), 2**20
     sizes = {role: sum(p.numel() * p.element_size() for p in m.parameters()) for role, m in models.items()}
