@@ -1,0 +1,229 @@
+"""Win rate of one file of answers over another (figure 2 of the paper), both in AlpacaEval's format as tools/sample.py writes it.
+
+    python tools/judge.py A.json B.json                                   a judge model behind an OpenAI-compatible API, with the paper's prompt
+    python tools/judge.py A.json B.json --pairwise --both-orders          both answers in one message, in either order
+    python tools/judge.py A.json B.json --reward data/toy.py:gold_reward  a function(prompt, response) -> float
+    python tools/judge.py A.json B.json --rm out/tiny/rm/model --init-from out/tiny/sft/model     a reward model of ppo_baseline.py
+
+The API's key is read from OPENAI_API_KEY, its address from OPENAI_BASE_URL. The paper's prompt (appendix D) gives every answer a score of its own, 0 to 5;
+the answer with the higher score wins, equal scores are a tie, and a tie is half a win. Which of the two is asked first is drawn anew for each question, as
+in the paper; as the judge sees one answer at a time, this can matter only with --pairwise. Every verdict is appended to --to as it
+comes: the same command again goes on where the last one ended and pays for nothing twice. --pairwise is not in the paper.
+"""
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+from tqdm import tqdm
+
+import common
+
+# Appendix D of arXiv 2502.16944 v1, with its line breaks and doubled blanks mended.
+SYSTEM = """Review the user's question and the corresponding response using the additive 5-point scoring system described below. Points are accumulated based on the satisfaction of each criterion:
+
+- Add 1 point if the response is relevant and provides some information related to the user's inquiry, even if it is incomplete or contains some irrelevant content.
+
+- Add another point if the response addresses a substantial portion of the user's question, but does not completely resolve the query or provide a direct answer.
+
+- Award a third point if the response answers the basic elements of the user's question in a useful way, regardless of whether it seems to have been written by an AI Assistant or if it has elements typically found in blogs or search results.
+
+- Grant a fourth point if the response is clearly written from an AI Assistant's perspective, addressing the user's question directly and comprehensively, and is well-organized and helpful, even if there is slight room for improvement in clarity, conciseness or focus.
+
+- Bestow a fifth point for a response that is impeccably tailored to the user's question by an AI Assistant, without extraneous information, reflecting expert knowledge, and demonstrating a high-quality, engaging, and insightful answer.
+
+After examining the user's instruction and the response, please first give the total score. Then provide a brief explanation of your total score, up to 100 words. Output with the following format: Score: {total score} Evaluation evidence: {your brief explanation here}
+
+Remember to assess from the AI Assistant perspective, utilizing web search knowledge as necessary. To evaluate the response in alignment with this additive scoring model, we'll systematically attribute points based on the outlined criteria."""
+PAIRWISE = "\n\nThere are two responses to the one question. Score each by itself, and write two lines in their order: Score 1: {total score} and Score 2: {total score}."
+TRIES, WAIT = 6, 1.0                                        # times, and seconds before the second; then twice as long each time
+
+
+class Endpoint:
+    """An OpenAI-compatible chat API. Counts the tokens that it was charged for."""
+
+    def __init__(self, model, timeout):
+        if "OPENAI_API_KEY" not in os.environ or "OPENAI_BASE_URL" not in os.environ:
+            common.die("set OPENAI_API_KEY and OPENAI_BASE_URL (the address up to and with /v1), or judge with --reward or --rm")
+        self.url, self.model, self.timeout = os.environ["OPENAI_BASE_URL"].rstrip("/") + "/chat/completions", model, timeout
+
+    def ask(self, question, responses):
+        """-> {scores, tokens_in, tokens_out, text}; scores are in the order of the responses. Tries again where that can help, waiting longer each time."""
+        system = SYSTEM + (PAIRWISE if len(responses) > 1 else "")
+        user = "\n".join([f"<Question>: {question}", *(f"<response>: {r}" if len(responses) == 1 else f"<response {i}>: {r}" for i, r in enumerate(responses, 1))])
+        body = json.dumps(dict(model=self.model, temperature=0, messages=[dict(role="system", content=system), dict(role="user", content=user)])).encode()
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]})
+        used = [0, 0]
+        for attempt in range(TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    reply = json.load(reply)
+                text, usage = reply["choices"][0]["message"]["content"] or "", reply.get("usage") or {}
+                used = [used[0] + usage.get("prompt_tokens", 0), used[1] + usage.get("completion_tokens", 0)]
+                scores = [float(s) for s in re.findall(r"Score(?: \d)?\W*?(\d+(?:\.\d+)?)", text)[:len(responses)]]
+                if len(scores) == len(responses) and all(0 <= s <= 5 for s in scores):
+                    return dict(scores=scores, tokens_in=used[0], tokens_out=used[1], text=text)
+                problem = f"no score in {text[:80]!r}"
+            except urllib.error.HTTPError as e:
+                problem = f"{e.code} {e.reason}"
+                if e.code not in (408, 409, 429) and e.code < 500:
+                    common.die(f"{self.url}: {problem}: {e.read(200).decode(errors='replace')!r}")
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as e:         # no connection, cut short, not JSON, not what the API promises
+                problem = f"{type(e).__name__}: {e}"
+            time.sleep(min(60, WAIT * 2 ** attempt))
+        raise RuntimeError(f"{self.url}: gave up after {TRIES} tries: {problem}")
+
+
+def load(path):
+    """AlpacaEval's list of {instruction, output, generator} -> {instruction: output}, the generator."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            rows = json.load(f)
+        answers = {r["instruction"]: r["output"] for r in rows}
+        if not rows or not all(isinstance(s, str) for pair in answers.items() for s in pair):
+            raise ValueError("empty, or not text")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        common.die(f"{path}: {e!r}; needs a list of {{instruction, output, generator}}, as tools/sample.py writes it")
+    return answers, str(rows[0].get("generator", path))
+
+
+def jobs(a, b, args):
+    """What to ask: [(key, question, (answers in the order that the judge reads them), which is first)], two a question, one of both answers with --pairwise."""
+    out = []
+    for question in [q for q in a if q in b][:args.limit]:
+        first = random.Random(f"{args.seed} {question}").random() < 0.5           # True: the answer of A comes first
+        for order in ((first, not first) if args.both_orders or not args.pairwise else (first,)):
+            shown = (a[question], b[question]) if order else (b[question], a[question])
+            shown = shown if args.pairwise else shown[:1]
+            key = hashlib.sha256(json.dumps([args.judge, args.pairwise, question, *shown]).encode()).hexdigest()[:24]
+            out.append((key, question, shown, order))
+    return out
+
+
+def ask_all(ask, todo, args):
+    """Asks what --to does not hold yet, several at a time -> {key: verdict}. A verdict that never comes is counted, not made up."""
+    verdicts, failed = {}, []
+    if os.path.exists(args.to):
+        with open(args.to) as f:
+            for line in f:
+                if line.endswith("\n"):                                            # a run that was killed may have left half a line
+                    verdicts |= {(v := json.loads(line))["key"]: v}
+        with open(args.to, "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
+    new = {key: (question, shown) for key, question, shown, _ in todo if key not in verdicts}
+    with open(args.to, "a") as f, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+        running = {pool.submit(ask, question, shown): key for key, (question, shown) in new.items()}
+        try:
+            for done in tqdm(concurrent.futures.as_completed(running), total=len(running), desc="judge", disable=not running):
+                try:
+                    verdicts[running[done]] = dict(key=running[done], **done.result())
+                    f.write(json.dumps(verdicts[running[done]]) + "\n")
+                    f.flush()
+                except RuntimeError as e:
+                    failed.append(str(e))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return verdicts, failed
+
+
+def compare(todo, verdicts, pairwise):
+    """{question: 1 where A wins, 0.5 a tie, 0 where B wins}, a mean over the orders asked; questions without all their verdicts are left out."""
+    points, missing = {}, set()
+    for key, question, _, a_first in todo:
+        if key not in verdicts:
+            missing.add(question)
+        elif pairwise:
+            x, y = verdicts[key]["scores"] if a_first else verdicts[key]["scores"][::-1]
+            points.setdefault(question, []).append((np.sign(x - y) + 1) / 2)
+        else:
+            points.setdefault(question, {})[a_first] = verdicts[key]["scores"][0]
+    points = {q: p for q, p in points.items() if q not in missing}
+    return {q: float(np.mean(p)) if pairwise else float((np.sign(p[True] - p[False]) + 1) / 2) for q, p in points.items()}
+
+
+def bootstrap(points, seed, draws=10_000):
+    """95 % interval of the mean by resampling the questions."""
+    points, rng = np.array(points), np.random.default_rng(seed)
+    means = [points[rng.integers(len(points), size=len(points))].mean() for _ in range(draws)]
+    return [float(x) for x in np.quantile(means, [0.025, 0.975])]
+
+
+def local(args):
+    """--reward or --rm -> ask(question, responses)."""
+    if args.reward:
+        reward = common.load_function(args.reward)
+        return lambda question, responses: dict(scores=[float(reward(question, r)) for r in responses])
+    import torch
+
+    import ppo_baseline
+    tok, model = common.load_tokenizer(args.init_from), common.load_model(args.init_from, trainable=False).eval()
+    common.load_adapter(model, tok, args.rm, made_by="python ppo_baseline.py")
+    device = next(model.parameters()).device
+
+    def ask(question, responses):
+        frame = common.frame([common.encode_prompt(tok, question)] * len(responses), [common.encode_response(tok, r) for r in responses], tok.pad_token_id, device)
+        with torch.no_grad():
+            return dict(scores=ppo_baseline.scores(model, *frame).tolist())
+
+    return ask
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.add_argument("a", help="answers, AlpacaEval's format")
+    p.add_argument("b", help="answers of the other, to the same questions")
+    p.add_argument("--judge", default="gpt-4o-2024-08-06", help="model of the API (the paper's)")
+    p.add_argument("--reward", default=None, help="FILE.py:function(prompt, response) -> float instead of the API")
+    p.add_argument("--rm", default=None, help="reward model folder instead of the API")
+    p.add_argument("--init-from", default="out/tiny/sft/model", help="the SFT model that --rm is an adapter of")
+    p.add_argument("--pairwise", action="store_true", help="both answers in one message; half the calls, but order can matter")
+    p.add_argument("--both-orders", action="store_true", help="--pairwise: ask twice, each answer first once; the mean counts")
+    p.add_argument("--to", default="verdicts.jsonl", help="file that every verdict is appended to; what is in it is not asked again")
+    p.add_argument("--limit", type=int, default=None, help="only the first so many questions")
+    p.add_argument("--at-once", type=int, default=8, help="calls at a time")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for one call")
+    p.add_argument("--price", type=float, nargs=2, default=None, metavar=("IN", "OUT"), help="money per million tokens read and written, to show the cost")
+    p.add_argument("--seed", type=int, default=1, help="of the order and the bootstrap")
+    args = p.parse_args(argv)
+    if args.reward and args.rm:
+        common.die("--reward and --rm: give one judge")
+    if args.both_orders and not args.pairwise:
+        common.die("--both-orders: needs --pairwise; else the judge sees one answer at a time")
+    (a, name_a), (b, name_b) = load(args.a), load(args.b)
+    here = args.reward or args.rm
+    args.judge, args.at_once = here or args.judge, 1 if here else args.at_once
+    todo = jobs(a, b, args)
+    if not todo:
+        common.die(f"{args.a} and {args.b} have no instruction in common")
+    verdicts, failed = ask_all(local(args) if here else Endpoint(args.judge, args.timeout).ask, todo, args)
+    points = compare(todo, verdicts, args.pairwise)
+    if not points:
+        common.die(f"no verdict at all; the last: {failed[-1]}")
+    values = list(points.values())
+    used = [sum(verdicts[k].get(t, 0) for k in {key for key, *_ in todo} & set(verdicts)) for t in ("tokens_in", "tokens_out")]
+    result = dict(a=name_a, b=name_b, judge=args.judge, pairwise=args.pairwise, both_orders=args.both_orders, questions=len(values), unanswered=len({q for _, q, *_ in todo}) - len(values),
+                  only_in_one=len(set(a) ^ set(b)), wins=sum(v > 0.5 for v in values), ties=sum(v == 0.5 for v in values), losses=sum(v < 0.5 for v in values),
+                  win_rate=float(np.mean(values)), interval=bootstrap(values, args.seed), tokens_in=used[0], tokens_out=used[1])
+    if args.price:
+        result["cost"] = (used[0] * args.price[0] + used[1] * args.price[1]) / 1e6
+    common.write_json(os.path.splitext(args.to)[0] + ".summary.json", result)
+    print("{a} against {b}: {wins} wins, {ties} ties, {losses} losses; win rate {win_rate:.3f} ({0:.3f} to {1:.3f}, 95 %), ties half".format(*result["interval"], **result))
+    print(f"judge {args.judge}; {used[0]:,} tokens read, {used[1]:,} written" + (f", cost {result['cost']:.2f}" if args.price else ""))
+    if failed or result["only_in_one"]:
+        print(f"left out: {result['unanswered']} questions without a verdict ({failed[-1] if failed else 'none failed'}), {result['only_in_one']} that only one file has", file=sys.stderr)
+    return result
+
+
+if __name__ == "__main__":
+    main()

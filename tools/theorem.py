@@ -1,0 +1,155 @@
+"""Theorem 3.1, looked at: do a reward model and a GVM from the same rows give the policy the same gradient, and is the reward to be had back from Q?
+
+    python data/toy.py && python tools/seeds.py && python tools/theorem.py        about a quarter of an hour more on two cores
+
+For n of the offline rows a GVM and, on pairs out of the same n rows, a reward model are trained. Both, and the gold reward, then give a policy gradient of the SFT
+model on the same rollouts: sum over tokens of A_t grad log pi(a_t | s_t), with
+
+    gold, reward model    A_t = r(x, y) - its mean over the other rollouts of that prompt       REINFORCE with a leave-one-out baseline
+    GVM, Q                A_t = Q_t - its mean over all tokens                                  the paper's advantage, eq. (2)
+    GVM, delta            A_t = Q_t - Q_{t-1}                                                   the default of dvpo.py
+
+The cosine between two such vectors is the measure. Rollouts are finite, so a signal does not even agree with itself: "two halves" is the cosine of its gradients on
+two halves of the rollouts, and h there predicts 2 h / (1 + h) for two sets of the whole size. Signals compared here share the rollouts, and so part of their noise.
+The second table reads the reward back, r_t = Q_t - Q_{t+1} (gamma 1), on held-out rows whose policies are known. Writes results/theorem.json and .md.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import train_gvm
+from data import toy
+from tools.seeds import stage
+
+SIZES = (1000, 3000, 10000, 30000)
+
+
+def train(seed, args):
+    """out/theorem/SEED/N/{gvm,rm} for every n of SIZES: nine passes for both, at most --gvm-steps steps."""
+    base = f"out/seeds/{seed}"
+    rows = [r for path in ("data/toy/gvm.jsonl", f"{base}/labelled.jsonl") for r in common.Rows(path, [])]
+    np.random.default_rng(seed).shuffle(rows)
+    for n in SIZES:
+        root = f"out/theorem/{seed}/{n}"
+        os.makedirs(root, exist_ok=True)
+        pairs = toy.pair_up(rows[:n], np.random.default_rng(seed))
+        for name, part in ("rows", rows[:n]), ("pairs", pairs):
+            with open(f"{root}/{name}.jsonl", "w") as f:
+                f.writelines(json.dumps(r) + "\n" for r in part)
+        sft = ("--seed", seed, "--init-from", f"{base}/sft/model")
+        steps = lambda count: min(args.gvm_steps, 9 * count // 64)
+        stage("train_gvm.py", f"{root}/gvm", *sft, "--data", f"{root}/rows.jsonl", "--max-steps", steps(n))
+        stage("ppo_baseline.py", f"{root}/ppo", *sft, "--rm", f"{root}/rm/model", "--pairs", f"{root}/pairs.jsonl", "--rm-max-steps", steps(len(pairs)), "--max-steps", 1)
+
+
+def gradient(model, ids, attn, mask, adv, rows):
+    """Mean over the rows of sum_t A_t grad log pi(a_t | s_t), one vector."""
+    model.zero_grad()
+    for m in rows.split(64):
+        logp = model(ids[m], attn[m], mask.shape[1])
+        ((logp * adv[m] * mask[m]).sum() / len(rows)).backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def gradients(seed, args):
+    """[{n, signal, gold cosine, cosine with the other's, two halves}] of one seed."""
+    folder = f"out/seeds/{seed}/sft/model"
+    tok, policy = common.load_tokenizer(folder), common.load_model(folder).eval()
+    texts = [r["prompt"] for r in common.Rows("data/toy/prompts.jsonl", [])]
+    per_prompt = args.rollouts // len(texts)
+    texts = [t for t in texts for _ in range(per_prompt)]
+    prompts = [common.encode_prompt(tok, t) for t in texts]
+    torch.manual_seed(seed)
+    ids, attn, mask, _ = dvpo.rollout(policy, prompts, tok, argparse.Namespace(max_new_tokens=32, temperature=1.0), "cpu")
+    responses, T = common.unpad(ids, mask), mask.shape[1]
+    gold = torch.tensor([toy.gold_reward(t, tok.decode(r, skip_special_tokens=True)) for t, r in zip(texts, responses)])
+
+    def leave_one_out(r):
+        r = r.view(-1, per_prompt).double()
+        return ((r - (r.sum(1, keepdim=True) - r) / (per_prompt - 1)).flatten()[:, None] * mask).float()
+
+    signals = {("", "gold"): leave_one_out(gold)}
+    numbers = torch.arange(len(texts))
+    for n in SIZES:
+        root = f"out/theorem/{seed}/{n}"
+        trunk = common.load_model(folder, trainable=False).eval()
+        common.load_adapter(trunk, tok, f"{root}/rm/model", ""), (meta := common.load_adapter(trunk, tok, f"{root}/gvm/model", ""))
+        with torch.no_grad():
+            score = torch.cat([ppo_baseline.scores(trunk, ids[m], attn[m], mask[m]) for m in numbers.split(256)])
+            draw = np.random.default_rng(seed)
+            q = []
+            for m in numbers.split(64):                                    # a tau for each 64 rollouts, of the rollouts themselves, as in dvpo.py
+                tau = [(prompts[i], responses[i]) for i in draw.choice(len(texts), meta["tau_pairs"], replace=False)]
+                behind = [common.behind_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"]) for i in m]
+                f_ids, f_attn, f_mask = common.frame(behind, [responses[i] for i in m], tok.pad_token_id)
+                value = trunk(f_ids, f_attn, f_mask.shape[1], "gvm", head="gvm")
+                q.append(torch.nn.functional.pad(value, (0, T + 1 - value.shape[1])))
+            q = torch.cat(q)
+        signals[n, "reward model"] = leave_one_out(score)
+        signals[n, "GVM, Q"] = (q[:, 1:] - common.masked_moments(q[:, 1:], mask)[0]) * mask
+        signals[n, "GVM, delta"] = (q[:, 1:] - q[:, :-1]) * mask
+    whole = {k: gradient(policy, ids, attn, mask, a, numbers) for k, a in signals.items()}
+    halves = {k: [gradient(policy, ids, attn, mask, a, numbers[i::2]) for i in (0, 1)] for k, a in signals.items()}
+    cosine = lambda x, y: torch.nn.functional.cosine_similarity(x, y, dim=0).item()
+    return [dict(seed=seed, n=n, signal=name, gold=cosine(whole[n, name], whole["", "gold"]), halves=cosine(*halves[n, name]),
+                 reward_model=cosine(whole[n, name], whole[n, "reward model"]) if n else None) for n, name in whole]
+
+
+def read_back(seed, n):
+    """r_t = Q_t - Q_{t+1}, on held-out rows: at the last token Q itself, which should be the reward; before it nothing, on average."""
+    folder, data = f"out/seeds/{seed}/sft/model", train_gvm.Labelled(["data/toy/gvm_heldout.jsonl"])
+    tok, trunk = common.load_tokenizer(folder), common.load_model(folder, trainable=False).eval()
+    meta = common.load_adapter(trunk, tok, f"out/theorem/{seed}/{n}/gvm/model", "")
+    rows = [data[i] for i in range(len(data))]
+    taus = [data.tau(r["policy"], r["prompt"], meta["tau_pairs"], np.random.default_rng([seed, i])) for i, r in enumerate(rows)]
+    values = [v for _, v in train_gvm.token_values(trunk, tok, rows, taus, argparse.Namespace(**meta), "cpu")]
+    reward, last = np.array([r["reward"] for r in rows]), np.array([v[-1] for v in values])
+    before = np.concatenate([v[1:-1] - v[2:] for v in values])
+    return dict(seed=seed, n=n, correlation=float(np.corrcoef(last, reward)[0, 1]), rmse=float(np.sqrt(np.mean((last - reward) ** 2))),
+                before_mean=float(before.mean()), before_sd=float(before.std()), reward_sd=float(reward.std()))
+
+
+def report(args, cosines, back):
+    lines = ["# Theorem 3.1 on the review world", "", f"Command: `python tools/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest to largest). {args.rollouts:,} rollouts of the SFT model a seed. "
+             f"Machine: {os.cpu_count()} cores, {platform.machine()}. tools/theorem.py says what is compared.", "",
+             "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows | two halves of the rollouts |", "|---|---|---|---|---|"]
+    spread = lambda rows, key: "" if rows[0][key] is None else f"{np.mean([r[key] for r in rows]):.3f} ({min(r[key] for r in rows):.3f} to {max(r[key] for r in rows):.3f})"
+    for n, signal in dict.fromkeys((r["n"], r["signal"]) for r in cosines):
+        rows = [r for r in cosines if (r["n"], r["signal"]) == (n, signal)]
+        lines.append(f"| {n} | {signal} | " + " | ".join(spread(rows, k) for k in ("gold", "reward_model", "halves")) + " |")
+    lines += ["", "The reward read back from Q on the held-out rows, r_t = Q_t - Q_{t+1}: at the last token (Q itself, against the gold reward), and before it, where the true reward is 0.", "",
+              "| rows | last token: correlation | rms error | before: mean | sd |", "|---|---|---|---|---|"]
+    for n in SIZES:
+        rows = [r for r in back if r["n"] == n]
+        lines.append(f"| {n} | " + " | ".join(spread(rows, k) for k in ("correlation", "rmse", "before_mean", "before_sd")) + " |")
+    lines += ["", f"The gold reward of those rows has sd {back[0]['reward_sd']:.3f}."]
+    common.write_json("results/theorem.json", dict(command="python tools/theorem.py", gradients=cosines, read_back=back))
+    with open("results/theorem.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="(default: 11 to 13)")
+    p.add_argument("--rollouts", type=int, default=7680, help="a multiple of the 30 prompts (default: %(default)s)")
+    p.add_argument("--gvm-steps", type=int, default=1000, help="(default: %(default)s)")
+    args = p.parse_args(argv)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: train(seed, args), args.seeds))
+    report(args, [r for seed in args.seeds for r in gradients(seed, args)], [read_back(seed, n) for seed in args.seeds for n in SIZES])
+
+
+if __name__ == "__main__":
+    main()
