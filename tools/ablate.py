@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 import common
-from tools.seeds import final, stage
+from tools.seeds import T95, final, stage
 
 BASE = "unchanged"
 GVMS = {BASE: (), "td_lambda 0": ("--td-lambda", 0), "td_lambda 0.5": ("--td-lambda", 0.5), "td_lambda 0.9": ("--td-lambda", 0.9), "td_lambda 1": ("--td-lambda", 1),
@@ -28,7 +28,6 @@ GVMS = {BASE: (), "td_lambda 0": ("--td-lambda", 0), "td_lambda 0.5": ("--td-lam
 RL = {"advantage q": ("--advantage", "q"), "kl_coef 0.02": ("--kl-coef", 0.02), "kl_coef 0.05": ("--kl-coef", 0.05), "kl_coef 0.2": ("--kl-coef", 0.2)}
 FAR = RL["kl_coef 0.02"]
 ON_FAR = {"tau 0, kl_coef 0.02": "tau 0", "retrained, kl_coef 0.02": "retrained"}          # the same RL run behind another GVM
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}                                             # Student's t, n - 1 degrees of freedom
 
 
 def folder(root, name):

@@ -4,6 +4,7 @@
     python tools/bench.py --decode                            the rollout against transformers' generate, at tiny and at --shape
     python tools/bench.py --growth                            seconds and bytes against rows, new tokens and parameters
     python tools/bench.py --shape llama3-3b --prompt 256 --new 1024 --methods dvpo     on a GPU
+    python tools/bench.py --plan --prompt 256 --new 1024       what the formulas say of 3B and 8B models; runs nothing
     python tools/bench.py --world 2                           each method under torchrun
 
 The stages run as they are, each in a process of its own, all in memory at once; each does a step when it is its turn, and its first step is
@@ -11,6 +12,8 @@ dropped. Medians over --rounds. `predict` counts operations and bytes, and divid
 product and a bare copy. Everything goes to results/bench_DEVICE.json, then to a table in .md; a new run replaces its own part alone.
 """
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -238,6 +241,60 @@ def decode(a, shape):
     return dict(middle, ratio=middle["generate"] / middle["rollout"], greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new, rounds={k: v[1:] for k, v in seconds.items()})
 
 
+def plans(prompt, new):
+    """What the stages would plan for the paper's batch, in bf16, without having the models: [{shape, method, ranks, zero, gradient_checkpointing, total bytes a rank}].
+
+    Sizes come from models without weights; what a token keeps comes from models of one and of two layers, which give what a layer adds.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found, real_probe, real_world, real_fingerprint = [], common.probe, common.world, common.fingerprint
+    for shape in ("llama3-3b", "llama3-8b"):
+        config = AutoConfig.for_model(**SHAPES[shape])
+
+        def lm(layers, device):
+            with torch.device(device):
+                return common.LM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**dict(SHAPES[shape], num_hidden_layers=layers)), dtype=torch.bfloat16))
+
+        def kept(lora, checkpointed):
+            """probe() of the whole depth."""
+            seen = []
+            for layers in (1, 2):
+                small = lm(layers, "cpu")
+                if lora:
+                    small.requires_grad_(False)
+                    small.add_adapter("policy", 8, 32)
+                if checkpointed:
+                    small.checkpoint_blocks()
+                seen.append(real_probe(small))
+            return {k: seen[0][k] + (config.num_hidden_layers - 1) * (seen[1][k] - seen[0][k]) for k in seen[0]}
+
+        try:
+            common.fingerprint = lambda lm: ""
+            for method in METHODS:
+                frozen = lm(config.num_hidden_layers, "meta").requires_grad_(False)
+                models = {"policy": lm(config.num_hidden_layers, "meta"), "critic": lm(config.num_hidden_layers, "meta"), "frozen": frozen} if method == "ppo" else {
+                    "policy": lm(config.num_hidden_layers, "meta"), "frozen": frozen} if method == "dvpo" else {"all": frozen}
+                if method == "lora":
+                    with torch.device("meta"):
+                        frozen.add_adapter("policy", 8, 32)
+                for checkpointed in (False, True):
+                    sizes = kept(method == "lora", checkpointed)
+                    common.probe = lambda model: sizes
+                    for ranks, zero in ((1, 1), (8, 1), (8, 3)):
+                        common.world = lambda: ranks
+                        args = argparse.Namespace(zero=zero, offload=False, gradient_checkpointing=checkpointed, out="out/bench/plan", lora=method == "lora", mini_batch_size=2)
+                        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):    # it may say that it does not fit here
+                            common.memory_plan(models, args, 2, prompt + new, new, decode=(8, prompt + new))
+                        with open("out/bench/plan/memory.json") as f:
+                            plan = json.load(f)
+                        found.append(dict(shape=shape, method=method, ranks=ranks, zero=zero, gradient_checkpointing=checkpointed,
+                                          total=sum(v for k, v in plan["plan"].items() if k not in ("python and libraries", "whole models at the start, before they are sharded")), plan=plan["plan"]))
+        finally:
+            common.probe, common.world, common.fingerprint = real_probe, real_world, real_fingerprint
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
 
@@ -266,6 +323,11 @@ def report(data, path):
         out += table(("shape", "rows", "prompt", "new", "rollout s", "generate s", "generate / rollout", "greedy tokens equal"), [
             (shape, *(str(r[k]) for k in ("rows", "prompt", "new")), f"{r['rollout']:.3f}", f"{r['generate']:.3f}", f"{r['ratio']:.2f}", f"{r['greedy_tokens_equal']:.4f}")
             for shape, r in data["decode"]["shapes"].items()])
+    if "plans" in data:
+        out += ["", "## Planned for real models, not measured", "", f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch 8, mini-batch 2; what is only held while models load left out."]
+        out += table(("shape", "ranks", "ZeRO", "gradient checkpointing", *METHODS), [
+            (shape, str(ranks), str(zero), "yes" if c else "no", *(f"{next(p['total'] for p in data['plans']['plans'] if (p['shape'], p['ranks'], p['zero'], p['gradient_checkpointing'], p['method']) == (shape, ranks, zero, c, m)) / 2**30:.1f}" for m in METHODS))
+            for shape, ranks, zero, c in dict.fromkeys((p["shape"], p["ranks"], p["zero"], p["gradient_checkpointing"]) for p in data["plans"]["plans"])])
     if "growth" in data:
         out += ["", "## How cost grows", "", f"`{data['growth']['command']}`; measured against the floor, which counts operations and bytes."]
         out += table(("shape", "rows", "new tokens", "method", "step s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
@@ -293,6 +355,7 @@ def main(argv=None):
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
     p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
     p.add_argument("--growth", action="store_true", help="a series of sizes around 14M, 4 rows, 64 new tokens")
+    p.add_argument("--plan", action="store_true", help="what real models would hold by the formulas alone; nothing is run")
     p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json", help="(default: %(default)s)")
     a = p.parse_args(argv)
     a.methods = ["trl"] * bool(a.trl) + a.methods
@@ -301,6 +364,9 @@ def main(argv=None):
     data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
     if a.decode:
         data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
+    elif a.plan:
+        os.makedirs("out/bench/plan", exist_ok=True)
+        data["plans"] = dict(command=words, plans=plans(a.prompt, a.new))
     elif a.growth:
         series = [("14M", rows, 64) for rows in (2, 4, 8, 16)] + [("14M", 4, new) for new in (32, 128, 256)] + [(shape, 4, 64) for shape in ("tiny", "124M")]
         points = []
