@@ -1,4 +1,4 @@
-# make demo: everything, from nothing to the table and the figures, on a CPU.   make test: the tests.
+# make demo: everything, from nothing to the table and the figures, on a CPU.   make test: the tests.   make results-check: the README's numbers against results/.
 PY = .venv/bin/python
 
 .venv/ready: requirements.txt
@@ -16,10 +16,16 @@ demo: .venv/ready
 	$(PY) dvpo.py
 	$(PY) ppo_baseline.py --pairs data/toy/pairs.jsonl out/tiny/sft/labelled_pairs.jsonl
 	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
+	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json
+	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/sft.json --policy out/tiny/sft/model
+	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdicts.jsonl
 	$(PY) tools/report.py
 	$(PY) tools/plot.py
 
 test: .venv/ready
 	$(PY) test_smoke.py
 
-.PHONY: install demo test
+results-check: .venv/ready
+	$(PY) tools/results_check.py
+
+.PHONY: install demo test results-check

@@ -823,6 +823,8 @@ def judge_server():
                 code, out = 401, b"who are you"
             elif body["model"] == "first":                                            # likes whatever it reads first
                 code, out = 200, json.dumps(dict(choices=[dict(message=dict(content="Score 1: 5\nScore 2: 3 Evaluation evidence: x"))])).encode()
+            elif body["model"] == "picky" and "question 3" in user:
+                code, out = 400, b"too long"
             elif n in broken:
                 code, out = broken[n]
             else:
@@ -830,6 +832,7 @@ def judge_server():
                 text = "\n".join(f"Score {i}: {x}" for i, x in enumerate(scores, 1)) if len(scores) > 1 else f"Score: {scores[0]} Evaluation evidence: its length"
                 code, out = 200, json.dumps(dict(choices=[dict(message=dict(content=text))], usage=dict(prompt_tokens=100, completion_tokens=10))).encode()
             self.send_response(code)
+            self.send_header("Content-Length", str(len(out) + 9 * (n == 3)))              # the third is cut short
             self.end_headers()
             self.wfile.write(out)
 
@@ -850,6 +853,9 @@ def test_judge():
     for name, answers in outputs.items():
         common.write_json(path(f"{name}.json"), [dict(instruction=q, output=o, generator=name) for q, o in zip(questions + ["only in " + name], answers + ["x"])])
     server, asked = judge_server()
+    for text, n, want in (("Score: 4", 1, [4]), ("**Score:** 4", 1, [4]), ("Total score: 3.5/5", 1, [3.5]), ("Score: {2}", 1, [2]), ("Score: 10", 1, None), ("Score: -1", 1, None),
+                          ("a 4", 1, None), ("Score 1: 5\nScore 2: 3", 2, [5, 3]), ("Score 2: 3\nScore 1: 5", 2, [5, 3]), ("**Score #1**: 2, Score #2: 4", 2, [2, 4]), ("Score 1: 5", 2, None)):
+        assert judge.read_scores(text, n) == want, text
     judge.WAIT, before, files = 0.01, dict(os.environ), [path("a.json"), path("b.json")]
     os.environ |= dict(OPENAI_API_KEY="sk-test", OPENAI_BASE_URL=f"http://127.0.0.1:{server.server_port}/v1")
 
@@ -881,9 +887,11 @@ def test_judge():
         assert got["ties"] == 0 and 0 < got["wins"] < 10
         got = go("--to", path("w3.jsonl"), "--pairwise")
         assert (got["wins"], got["ties"], got["losses"]) == (6, 1, 3)
+        got = go("--to", path("w4.jsonl"), "--judge", "picky")
+        assert got["questions"] == 9 and got["unanswered"] == 1                        # one refused question is left out and counted
         refused(lambda: judge.main([*files, "--to", path("u.jsonl"), "--judge", "no-such"]), "401")
         os.environ["OPENAI_BASE_URL"] = "http://127.0.0.1:1/v1"
-        refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up after")
+        refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up")
         del os.environ["OPENAI_API_KEY"]
         refused(lambda: judge.main([*files, "--to", path("u3.jsonl")]), "OPENAI_API_KEY")
     finally:
@@ -902,6 +910,30 @@ def test_judge():
     with torch.no_grad():
         want = ppo_baseline.scores(rm, *frame([common.encode_prompt(tok, PROMPT)] * 2, [common.encode_response(tok, t) for t in (good, bad)], tok.pad_token_id, "cpu"))
     assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])
+
+
+def test_readme():
+    """Its commands have the files and flags they name, the table of files their lines, and its numbers stand in results/."""
+    import re
+    import shlex
+
+    text = open(os.path.join(HERE, "README.md")).read()
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    ((?:python|deepspeed|torchrun) .+)$", text, re.M)]
+    assert len(commands) > 12
+    for words in commands:
+        at = next(i for i, w in enumerate(words) if w.endswith(".py"))
+        assert "&&" not in words
+        source = open(os.path.join(HERE, words[at])).read()
+        for flag in (w for w in words[at + 1:] if w.startswith("--")):
+            assert f'"{flag}"' in source + open(os.path.join(HERE, "common.py")).read(), words
+        if "/" not in words[at]:
+            __import__(words[at][:-3]).parse_args(words[at + 1:])
+    files = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M)
+    assert len(files) == 5
+    for name, lines in files:
+        assert len(open(os.path.join(HERE, name)).read().splitlines()) == int(lines), name
+    done = script(sys.executable, "tools/results_check.py")
+    assert done.returncode == 0, done.stderr
 
 
 def test_scratch_model():

@@ -203,7 +203,7 @@ def table4(rows, values, min_gap):
 
 
 def correlation(x, y):
-    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 1e-9 and np.std(y) > 1e-9 else math.nan
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 1e-6 and np.std(y) > 1e-6 else math.nan
 
 
 def evaluate(gvm, tok, data, args, device):
@@ -216,7 +216,7 @@ def evaluate(gvm, tok, data, args, device):
                  for p, index in sorted(data.by_policy.items(), key=lambda item: str(item[0])) if p is not None}
     means, v0s = [v["mean_reward"] for v in by_policy.values()], [v["v0"] for v in by_policy.values()]
     out = dict(pairs=n_pairs, accuracy=accuracy, policies=by_policy, v0_correlation=correlation(means, v0s) if len(means) > 1 else math.nan,
-               v0_ranks_all_policies=bool(len(means) > 1 and np.std(v0s) > 1e-9 and (np.argsort(means) == np.argsort(v0s)).all()))
+               v0_ranks_all_policies=bool(len(means) > 1 and np.std(v0s) > 1e-6 and (np.argsort(means) == np.argsort(v0s)).all()))
     if args.true_q:
         true_q, q, truth = common.load_function(args.true_q), [], []
         for row, (ids, value) in zip(rows, values):

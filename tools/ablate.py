@@ -4,8 +4,8 @@
     python tools/ablate.py --report                                             only the table, from runs that are there
 
 Takes the SFT models and their labelled samples from tools/seeds.py. GVMs here train for --gvm-steps steps, fewer than the default, the unchanged one too.
-"moved": the policy of kl_coef 0.02, which goes far from the SFT model; its own answers are labelled, GVMs are measured on fresh ones of them, and "retrained" is
-a GVM that also trains on them. A seed counts once it is whole. Writes results/ablations.json and .md.
+"moved": the policy of kl_coef 0.02, which goes far from the SFT model; its own answers are labelled, as tools/label.py does; "retrained" is
+a GVM that also trains on them, and GVMs are measured on other answers of it, at temperature 1. A seed counts once it is whole. Writes results/ablations.json and .md.
 """
 import argparse
 import concurrent.futures
@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 import common
-from tools.seeds import T95, final, stage
+from tools.seeds import final, interval, stage
 
 BASE = "unchanged"
 GVMS = {BASE: (), "td_lambda 0": ("--td-lambda", 0), "td_lambda 0.5": ("--td-lambda", 0.5), "td_lambda 0.9": ("--td-lambda", 0.9), "td_lambda 1": ("--td-lambda", 1),
@@ -47,8 +47,8 @@ def run_seed(seed, args):
         stage("dvpo.py", folder(root, "rl " + name), *sft, "--gvm", f"{gvm(ON_FAR.get(name, name if name in GVMS else BASE))}/model", "--max-steps", args.steps,
               *(FAR if name in ON_FAR else RL.get(name, ())))
 
-    def label(to, n, seed):
-        subprocess.run([sys.executable, "tools/label.py", "--policy", folder(root, "rl kl_coef 0.02") + "/model", "--name", "moved", "--n", str(n), "--seed", str(seed), "--to", to],
+    def label(to, n, seed, *argv):
+        subprocess.run([sys.executable, "tools/label.py", "--policy", folder(root, "rl kl_coef 0.02") + "/model", "--name", "moved", "--n", str(n), "--seed", str(seed), "--to", to, *argv],
                        check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
     def measure(name):
@@ -58,7 +58,7 @@ def run_seed(seed, args):
         train(name), rl(name)
     for name in RL:
         rl(name)
-    label(f"{root}/moved.jsonl", 5000, seed), label(f"{root}/moved_heldout.jsonl", 1000, seed + 1000)
+    label(f"{root}/moved.jsonl", 5000, seed), label(f"{root}/moved_heldout.jsonl", 1000, seed + 1000, "--temperatures", "1")
     train("retrained")
     for name in ON_FAR:
         rl(name)
@@ -69,6 +69,8 @@ def run_seed(seed, args):
 
 def report(args, seeds):
     seeds = [s for s in seeds if os.path.exists(f"out/ablate/{s}/done")]
+    if not seeds:
+        sys.exit("error: no seed in out/ablate is whole yet")
     got = {}
     for name in [*GVMS, *RL, *ON_FAR]:
         rows = []
@@ -79,7 +81,6 @@ def report(args, seeds):
             rows.append(dict(seed=s, **final(folder(root, "rl " + name)), accuracy=g["accuracy"]["mean"], correlation=g["true_q"]["correlation"], v0=g["v0_correlation"]))
         got[name] = rows
     column = lambda name, key: np.array([r[key] for r in got[name]], dtype=float)
-    interval = lambda d: f"{d.mean():+.3f} ± {T95[len(d)] * d.std(ddof=1) / len(d) ** 0.5:.3f}" if len(d) > 1 else f"{d.mean():+.3f}"
     moved = {name: [json.load(open(folder(f"out/ablate/{s}", f"eval {name} moved") + "/eval.json"))["accuracy"]["mean"] for s in seeds] for name in (BASE, "tau 0", "retrained")}
     per_gvm = [(r["correlation"], r["heldout"]) for name in GVMS for r in got[name]]
     data = dict(command="python tools/ablate.py", machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run", seeds=seeds, gvm_steps=args.gvm_steps, steps=args.steps,
@@ -90,7 +91,7 @@ def report(args, seeds):
              "| changed | GVM pair accuracy | correlation with true Q | V(s_0) with the policies | gold | difference | last tenth | fall | KL |", "|" + "---|" * 9]
     for name in got:
         m = {k: column(name, k).mean() for k in ("accuracy", "correlation", "v0", "heldout", "final", "fall", "heldout_kl")}
-        lines.append(f"| {name} | {m['accuracy']:.3f} | {m['correlation']:.3f} | {m['v0']:.3f} | {m['heldout']:.3f} | {interval(column(name, 'heldout') - column(BASE, 'heldout')) if name != BASE else ''} | "
+        lines.append(f"| {name} | {m['accuracy']:.3f} | {m['correlation']:.3f} | {'' if np.isnan(m['v0']) else format(m['v0'], '.3f')} | {m['heldout']:.3f} | {interval(column(name, 'heldout') - column(BASE, 'heldout'), 3, '+') if name != BASE else ''} | "
                      f"{m['final']:.3f} | {m['fall']:.3f} | {m['heldout_kl']:.2f} |")
     lines += ["", "Pair accuracy on fresh answers of the policy that moved (kl_coef 0.02): " + "; ".join(f"{k} {np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for k, v in moved.items()) + ".", "",
               f"Correlation over all GVMs and seeds ({len(per_gvm)} runs) between a GVM's correlation with the true Q and the gold reward that DVPO ends with: {data['q_correlation_against_reward']:.3f}."]

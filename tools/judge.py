@@ -7,18 +7,19 @@
 
 The API's key is read from OPENAI_API_KEY, its address from OPENAI_BASE_URL. The paper's prompt (appendix D) gives every answer a score of its own, 0 to 5;
 the answer with the higher score wins, equal scores are a tie, and a tie is half a win. Which of the two is asked first is drawn anew for each question, as
-in the paper; as the judge sees one answer at a time, this can matter only with --pairwise. Every verdict is appended to --to as it
-comes: the same command again goes on where the last one ended and pays for nothing twice. --pairwise is not in the paper.
+in the paper; as the judge sees one answer at a time, this can matter only with --pairwise. Every verdict of the API is appended to --to as it
+comes: the same command again goes on where the last one ended and pays for no verdict twice. --pairwise is not in the paper.
 """
 import argparse
 import concurrent.futures
 import hashlib
+import http.client
 import json
 import os
 import random
 import re
 import sys
-import time
+import threading
 import urllib.error
 import urllib.request
 
@@ -49,20 +50,33 @@ PAIRWISE = "\n\nThere are two responses to the one question. Score each by itsel
 TRIES, WAIT = 6, 1.0                                        # times, and seconds before the second; then twice as long each time
 
 
+class Refused(Exception):
+    """No question will get an answer: wrong key, model or address."""
+
+
+def read_scores(text, n):
+    """The judge's words -> n scores, or None where one of them is missing or not in 0 to 5: "Score: 4", "**Score 2:** 3.5"; a score is never guessed."""
+    found = [re.search(rf"(?i)\bscore{'' if n == 1 else rf'[ #(]*{i}'}\b[^\d:\n]*:[\s*_{{]*([-\u2212]?\d+(?:\.\d+)?)", text) for i in range(1, n + 1)]
+    scores = [float(m.group(1).replace("\u2212", "-")) for m in found if m]
+    return scores if len(scores) == n and all(0 <= s <= 5 for s in scores) else None
+
+
 class Endpoint:
     """An OpenAI-compatible chat API. Counts the tokens that it was charged for."""
 
     def __init__(self, model, timeout):
-        if "OPENAI_API_KEY" not in os.environ or "OPENAI_BASE_URL" not in os.environ:
+        key, url = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+        if not key.isascii() or not key.isprintable() or " " in key or not key or not url.startswith(("http://", "https://")):
             common.die("set OPENAI_API_KEY and OPENAI_BASE_URL (the address up to and with /v1), or judge with --reward or --rm")
-        self.url, self.model, self.timeout = os.environ["OPENAI_BASE_URL"].rstrip("/") + "/chat/completions", model, timeout
+        self.key, self.url, self.model, self.timeout, self.stop = key, url + "/chat/completions", model, timeout, threading.Event()
 
     def ask(self, question, responses):
-        """-> {scores, tokens_in, tokens_out, text}; scores are in the order of the responses. Tries again where that can help, waiting longer each time."""
+        """-> {scores, tokens_in, tokens_out, text}; scores in the order of the responses, None where there was no verdict to be had. Tries again where that can help."""
         system = SYSTEM + (PAIRWISE if len(responses) > 1 else "")
         user = "\n".join([f"<Question>: {question}", *(f"<response>: {r}" if len(responses) == 1 else f"<response {i}>: {r}" for i, r in enumerate(responses, 1))])
         body = json.dumps(dict(model=self.model, temperature=0, messages=[dict(role="system", content=system), dict(role="user", content=user)])).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]})
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        request.add_unredirected_header("Authorization", "Bearer " + self.key)           # for nobody but this address
         used = [0, 0]
         for attempt in range(TRIES):
             try:
@@ -70,18 +84,21 @@ class Endpoint:
                     reply = json.load(reply)
                 text, usage = reply["choices"][0]["message"]["content"] or "", reply.get("usage") or {}
                 used = [used[0] + usage.get("prompt_tokens", 0), used[1] + usage.get("completion_tokens", 0)]
-                scores = [float(s) for s in re.findall(r"Score(?: \d)?\W*?(\d+(?:\.\d+)?)", text)[:len(responses)]]
-                if len(scores) == len(responses) and all(0 <= s <= 5 for s in scores):
+                scores = read_scores(text, len(responses))
+                if scores:
                     return dict(scores=scores, tokens_in=used[0], tokens_out=used[1], text=text)
-                problem = f"no score in {text[:80]!r}"
+                problem = f"no score from 0 to 5 in {text[:80]!r}"
             except urllib.error.HTTPError as e:
                 problem = f"{e.code} {e.reason}"
-                if e.code not in (408, 409, 429) and e.code < 500:
-                    common.die(f"{self.url}: {problem}: {e.read(200).decode(errors='replace')!r}")
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as e:         # no connection, cut short, not JSON, not what the API promises
+                if e.code in (401, 403, 404):
+                    raise Refused(f"{self.url}: {problem}") from e
+                if e.code not in (408, 409, 429) and e.code < 500:                      # this question alone: too long, or filtered
+                    break
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as e:   # no connection, cut short, not what the API promises
                 problem = f"{type(e).__name__}: {e}"
-            time.sleep(min(60, WAIT * 2 ** attempt))
-        raise RuntimeError(f"{self.url}: gave up after {TRIES} tries: {problem}")
+            if attempt + 1 < TRIES and self.stop.wait(min(60, WAIT * 2 ** attempt)):
+                break
+        return dict(scores=None, tokens_in=used[0], tokens_out=used[1], text=f"{self.url}: gave up: {problem}")
 
 
 def load(path):
@@ -90,8 +107,8 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             rows = json.load(f)
         answers = {r["instruction"]: r["output"] for r in rows}
-        if not rows or not all(isinstance(s, str) for pair in answers.items() for s in pair):
-            raise ValueError("empty, or not text")
+        if not rows or len(answers) < len(rows) or not all(isinstance(s, str) for pair in answers.items() for s in pair):
+            raise ValueError("empty, not text, or two answers to one instruction")
     except (OSError, ValueError, KeyError, TypeError) as e:
         common.die(f"{path}: {e!r}; needs a list of {{instruction, output, generator}}, as tools/sample.py writes it")
     return answers, str(rows[0].get("generator", path))
@@ -105,43 +122,49 @@ def jobs(a, b, args):
         for order in ((first, not first) if args.both_orders or not args.pairwise else (first,)):
             shown = (a[question], b[question]) if order else (b[question], a[question])
             shown = shown if args.pairwise else shown[:1]
-            key = hashlib.sha256(json.dumps([args.judge, args.pairwise, question, *shown]).encode()).hexdigest()[:24]
+            key = hashlib.sha256(json.dumps([args.judge, os.environ.get("OPENAI_BASE_URL"), SYSTEM, args.pairwise and PAIRWISE, question, *shown]).encode()).hexdigest()[:24]
             out.append((key, question, shown, order))
     return out
 
 
-def ask_all(ask, todo, args):
-    """Asks what --to does not hold yet, several at a time -> {key: verdict}. A verdict that never comes is counted, not made up."""
-    verdicts, failed = {}, []
+def ask_all(judge, todo, args):
+    """Asks the API what --to does not hold yet, several at a time -> {key: verdict}, and what was paid for questions that got no verdict."""
+    verdicts = {}
     if os.path.exists(args.to):
-        with open(args.to) as f:
-            for line in f:
-                if line.endswith("\n"):                                            # a run that was killed may have left half a line
-                    verdicts |= {(v := json.loads(line))["key"]: v}
-        with open(args.to, "rb+") as f:
+        with open(args.to, "rb+") as f:                                            # a run that was killed may have left half a line
             f.truncate(f.read().rfind(b"\n") + 1)
-    new = {key: (question, shown) for key, question, shown, _ in todo if key not in verdicts}
-    with open(args.to, "a") as f, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
-        running = {pool.submit(ask, question, shown): key for key, (question, shown) in new.items()}
+        with open(args.to) as f:
+            verdicts = {v["key"]: v for v in map(json.loads, f)}
+    new = {key: (question, shown) for key, question, shown, _ in todo if (verdicts.get(key) or {}).get("scores") is None}
+    with open(args.to, "a") as f, tqdm(total=len(new), desc="judge", disable=not new) as bar, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+        lock = threading.Lock()
+
+        def one(key):
+            verdict = dict(judge.ask(*new[key]), key=key)
+            with lock:                                                             # what is paid for is written, whatever happens to the rest
+                verdicts[key] = verdict
+                f.write(json.dumps(verdict) + "\n")
+                f.flush()
+                bar.update()
+
+        running = [pool.submit(one, key) for key in new]
         try:
-            for done in tqdm(concurrent.futures.as_completed(running), total=len(running), desc="judge", disable=not running):
-                try:
-                    verdicts[running[done]] = dict(key=running[done], **done.result())
-                    f.write(json.dumps(verdicts[running[done]]) + "\n")
-                    f.flush()
-                except RuntimeError as e:
-                    failed.append(str(e))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for job in concurrent.futures.as_completed(running):
+                job.result()
+        except BaseException as e:
+            judge.stop.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(e, Refused):
+                common.die(str(e))
             raise
-    return verdicts, failed
+    return verdicts
 
 
 def compare(todo, verdicts, pairwise):
     """{question: 1 where A wins, 0.5 a tie, 0 where B wins}, a mean over the orders asked; questions without all their verdicts are left out."""
     points, missing = {}, set()
     for key, question, _, a_first in todo:
-        if key not in verdicts:
+        if verdicts[key]["scores"] is None:
             missing.add(question)
         elif pairwise:
             x, y = verdicts[key]["scores"] if a_first else verdicts[key]["scores"][::-1]
@@ -202,16 +225,24 @@ def main(argv=None):
         common.die("--both-orders: needs --pairwise; else the judge sees one answer at a time")
     (a, name_a), (b, name_b) = load(args.a), load(args.b)
     here = args.reward or args.rm
-    args.judge, args.at_once = here or args.judge, 1 if here else args.at_once
+    args.judge = here or args.judge
     todo = jobs(a, b, args)
     if not todo:
         common.die(f"{args.a} and {args.b} have no instruction in common")
-    verdicts, failed = ask_all(local(args) if here else Endpoint(args.judge, args.timeout).ask, todo, args)
-    points = compare(todo, verdicts, args.pairwise)
+    if here:                                                                           # costs nothing, and may have changed: asked anew each time
+        ask = local(args)
+        verdicts = {key: ask(question, shown) for key, question, shown, _ in tqdm(todo, desc="judge")}
+    else:
+        verdicts = ask_all(Endpoint(args.judge, args.timeout), todo, args)
+    points, failed = compare(todo, verdicts, args.pairwise), [v["text"] for v in verdicts.values() if v["scores"] is None]
     if not points:
         common.die(f"no verdict at all; the last: {failed[-1]}")
     values = list(points.values())
-    used = [sum(verdicts[k].get(t, 0) for k in {key for key, *_ in todo} & set(verdicts)) for t in ("tokens_in", "tokens_out")]
+    used = [0, 0]
+    if not here:
+        with open(args.to) as f:                                                       # also what was paid for verdicts that never came
+            mine = {key for key, *_ in todo}
+            used = np.sum([(v["tokens_in"], v["tokens_out"]) for v in map(json.loads, f) if v["key"] in mine], axis=0).tolist()
     result = dict(a=name_a, b=name_b, judge=args.judge, pairwise=args.pairwise, both_orders=args.both_orders, questions=len(values), unanswered=len({q for _, q, *_ in todo}) - len(values),
                   only_in_one=len(set(a) ^ set(b)), wins=sum(v > 0.5 for v in values), ties=sum(v == 0.5 for v in values), losses=sum(v < 0.5 for v in values),
                   win_rate=float(np.mean(values)), interval=bootstrap(values, args.seed), tokens_in=used[0], tokens_out=used[1])

@@ -2,6 +2,7 @@
 
     python tools/plot.py [--out out/tiny]           writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
     python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] --to FILE.png      several seeds: mean and band
+    python tools/plot.py --heatmap GOOD/show.json BAD/show.json --to FILE.png        two responses to one prompt
     python tools/plot.py --growth results/bench_cpu.json       seconds and bytes of a step against rows, tokens and parameters
 """
 import argparse
@@ -43,19 +44,20 @@ def curves(runs, path, window=5):
     print(path)
 
 
-def heatmap(shown, path):
-    """Figure 4: one response's token values, the true ones underneath."""
-    rows = [(k, label) for k, label in (("q", "GVM"), ("true_q", "truth")) if k in shown]
-    values = np.array([shown[k] for k, _ in rows])
-    fig, ax = plt.subplots(figsize=(0.75 * values.shape[1] + 1.5, 0.8 * len(rows) + 1.4))
-    scale = max(1e-6, np.abs(values).max())
-    ax.imshow(values, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
-    for i, j in np.ndindex(*values.shape):
-        ax.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+def heatmap(responses, path):
+    """Figure 4: the token values of responses to one prompt, the true ones underneath. responses: what train_gvm.py --show wrote, one or several."""
     plain = lambda text: text.replace("$", r"\$")                            # no mathtext from other people's text
-    ax.set_xticks(range(values.shape[1]), [plain(t) for t in shown["tokens"]], rotation=40, ha="right")
-    ax.set_yticks(range(len(rows)), [label for _, label in rows])
-    ax.set_title(plain(shown["prompt"] if isinstance(shown["prompt"], str) else shown["prompt"][-1]["content"]), fontsize=10)
+    rows = lambda shown: [(k, label) for k, label in (("q", "GVM"), ("true_q", "truth")) if k in shown]
+    scale = max(1e-6, *(abs(v) for shown in responses for k, _ in rows(shown) for v in shown[k]))
+    fig, axes = plt.subplots(len(responses), 1, squeeze=False, figsize=(0.75 * max(len(s["q"]) for s in responses) + 1.5, sum(0.8 * len(rows(s)) + 1.4 for s in responses)))
+    for shown, ax in zip(responses, axes[:, 0]):
+        values = np.array([shown[k] for k, _ in rows(shown)])
+        ax.imshow(values, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
+        for i, j in np.ndindex(*values.shape):
+            ax.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+        ax.set_xticks(range(values.shape[1]), [plain(t) for t in shown["tokens"]], rotation=40, ha="right")
+        ax.set_yticks(range(len(values)), [label for _, label in rows(shown)])
+    axes[0, 0].set_title(plain(shown["prompt"] if isinstance(shown["prompt"], str) else shown["prompt"][-1]["content"]), fontsize=10)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     print(path)
@@ -90,17 +92,20 @@ def main(argv=None):
     p.add_argument("--dvpo", nargs="+", help="run folders of dvpo.py, one a seed (default: OUT/dvpo)")
     p.add_argument("--ppo", nargs="+", help="run folders of ppo_baseline.py, one a seed (default: OUT/ppo)")
     p.add_argument("--to", help="file to write (default: OUT/curves.png)")
+    p.add_argument("--heatmap", nargs="+", metavar="SHOW.json", help="figure 4 of several responses to one prompt, from train_gvm.py --show; needs --to")
     p.add_argument("--growth", help="JSON of tools/bench.py --growth; writes bench_growth.png beside it")
     args = p.parse_args(argv)
     if args.growth:
         with open(args.growth) as f:
             return growth(json.load(f)["growth"]["points"], os.path.join(os.path.dirname(args.growth), "bench_growth.png"))
+    if args.heatmap:
+        return heatmap([json.load(open(path)) for path in args.heatmap], args.to or p.error("--heatmap needs --to FILE.png"))
     runs = dict(DVPO=args.dvpo or [os.path.join(args.out, "dvpo")], PPO=args.ppo or [os.path.join(args.out, "ppo")])
     curves({k: v for k, v in runs.items() if os.path.exists(os.path.join(v[0], "metrics.jsonl"))}, args.to or os.path.join(args.out, "curves.png"))
     shown = os.path.join(args.out, "gvm", "show.json")
     if os.path.exists(shown) and not args.to:
         with open(shown) as f:
-            heatmap(json.load(f), os.path.join(args.out, "heatmap.png"))
+            heatmap([json.load(f)], os.path.join(args.out, "heatmap.png"))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python data/toy.py && python tools/seeds.py && python tools/theorem.py        about a quarter of an hour more on two cores
 
-For n of the offline rows a GVM and, on pairs out of the same n rows, a reward model are trained. Both, and the gold reward, then give a policy gradient of the SFT
+For n of the offline rows a GVM and, on pairs out of the same n rows, a reward model are trained, equally many steps on 64 rows or pairs: nine passes over the rows, at most
+--gvm-steps. Both, and the gold reward, then give a policy gradient of the SFT
 model on the same rollouts: sum over tokens of A_t grad log pi(a_t | s_t), with
 
     gold, reward model    A_t = r(x, y) - its mean over the other rollouts of that prompt       REINFORCE with a leave-one-out baseline
     GVM, Q                A_t = Q_t - its mean over all tokens                                  the paper's advantage, eq. (2)
-    GVM, delta            A_t = Q_t - Q_{t-1}                                                   the default of dvpo.py
+    GVM, delta            A_t = Q_t - Q_{t-1}                                                   the default of dvpo.py, there less its mean
 
 The cosine between two such vectors is the measure. Rollouts are finite, so a signal does not even agree with itself: "two halves" is the cosine of its gradients on
 two halves of the rollouts, and h there predicts 2 h / (1 + h) for two sets of the whole size. Signals compared here share the rollouts, and so part of their noise.
@@ -36,7 +37,7 @@ SIZES = (1000, 3000, 10000, 30000)
 
 
 def train(seed, args):
-    """out/theorem/SEED/N/{gvm,rm} for every n of SIZES: nine passes for both, at most --gvm-steps steps."""
+    """out/theorem/SEED/N/{gvm,rm} for every n of SIZES."""
     base = f"out/seeds/{seed}"
     rows = [r for path in ("data/toy/gvm.jsonl", f"{base}/labelled.jsonl") for r in common.Rows(path, [])]
     np.random.default_rng(seed).shuffle(rows)
@@ -48,9 +49,9 @@ def train(seed, args):
             with open(f"{root}/{name}.jsonl", "w") as f:
                 f.writelines(json.dumps(r) + "\n" for r in part)
         sft = ("--seed", seed, "--init-from", f"{base}/sft/model")
-        steps = lambda count: min(args.gvm_steps, 9 * count // 64)
-        stage("train_gvm.py", f"{root}/gvm", *sft, "--data", f"{root}/rows.jsonl", "--max-steps", steps(n))
-        stage("ppo_baseline.py", f"{root}/ppo", *sft, "--rm", f"{root}/rm/model", "--pairs", f"{root}/pairs.jsonl", "--rm-max-steps", steps(len(pairs)), "--max-steps", 1)
+        steps = min(args.gvm_steps, 9 * n // 64)
+        stage("train_gvm.py", f"{root}/gvm", *sft, "--data", f"{root}/rows.jsonl", "--max-steps", steps)
+        stage("ppo_baseline.py", f"{root}/ppo", *sft, "--rm", f"{root}/rm/model", "--pairs", f"{root}/pairs.jsonl", "--rm-max-steps", steps, "--max-steps", 1)
 
 
 def gradient(model, ids, attn, mask, adv, rows):
@@ -80,27 +81,27 @@ def gradients(seed, args):
         return ((r - (r.sum(1, keepdim=True) - r) / (per_prompt - 1)).flatten()[:, None] * mask).float()
 
     signals = {("", "gold"): leave_one_out(gold)}
-    numbers = torch.arange(len(texts))
+    numbers = torch.arange(len(texts)).view(-1, per_prompt).T.flatten()      # prompt after prompt: each 64 in turn hold them all
     for n in SIZES:
         root = f"out/theorem/{seed}/{n}"
         trunk = common.load_model(folder, trainable=False).eval()
         common.load_adapter(trunk, tok, f"{root}/rm/model", ""), (meta := common.load_adapter(trunk, tok, f"{root}/gvm/model", ""))
         with torch.no_grad():
-            score = torch.cat([ppo_baseline.scores(trunk, ids[m], attn[m], mask[m]) for m in numbers.split(256)])
+            score = torch.cat([ppo_baseline.scores(trunk, ids[m], attn[m], mask[m]) for m in torch.arange(len(texts)).split(256)])
             draw = np.random.default_rng(seed)
             q = []
-            for m in numbers.split(64):                                    # a tau for each 64 rollouts, of the rollouts themselves, as in dvpo.py
+            for m in (m for half in numbers.chunk(2) for m in half.split(64)):      # a tau for each 64 rollouts, as in dvpo.py; the halves share none
                 tau = [(prompts[i], responses[i]) for i in draw.choice(len(texts), meta["tau_pairs"], replace=False)]
                 behind = [common.behind_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"]) for i in m]
                 f_ids, f_attn, f_mask = common.frame(behind, [responses[i] for i in m], tok.pad_token_id)
                 value = trunk(f_ids, f_attn, f_mask.shape[1], "gvm", head="gvm")
                 q.append(torch.nn.functional.pad(value, (0, T + 1 - value.shape[1])))
-            q = torch.cat(q)
+            q = torch.cat(q)[numbers.argsort()]                            # back in their order
         signals[n, "reward model"] = leave_one_out(score)
         signals[n, "GVM, Q"] = (q[:, 1:] - common.masked_moments(q[:, 1:], mask)[0]) * mask
         signals[n, "GVM, delta"] = (q[:, 1:] - q[:, :-1]) * mask
     whole = {k: gradient(policy, ids, attn, mask, a, numbers) for k, a in signals.items()}
-    halves = {k: [gradient(policy, ids, attn, mask, a, numbers[i::2]) for i in (0, 1)] for k, a in signals.items()}
+    halves = {k: [gradient(policy, ids, attn, mask, a, half) for half in numbers.chunk(2)] for k, a in signals.items()}
     cosine = lambda x, y: torch.nn.functional.cosine_similarity(x, y, dim=0).item()
     return [dict(seed=seed, n=n, signal=name, gold=cosine(whole[n, name], whole["", "gold"]), halves=cosine(*halves[n, name]),
                  reward_model=cosine(whole[n, name], whole[n, "reward model"]) if n else None) for n, name in whole]
@@ -121,7 +122,7 @@ def read_back(seed, n):
 
 
 def report(args, cosines, back):
-    lines = ["# Theorem 3.1 on the review world", "", f"Command: `python tools/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest to largest). {args.rollouts:,} rollouts of the SFT model a seed. "
+    lines = ["# Theorem 3.1 on the review world", "", f"Command: `python tools/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest to largest). {args.rollouts:,} rollouts of the SFT model a seed; at most {args.gvm_steps} steps of training. "
              f"Machine: {os.cpu_count()} cores, {platform.machine()}. tools/theorem.py says what is compared.", "",
              "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows | two halves of the rollouts |", "|---|---|---|---|---|"]
     spread = lambda rows, key: "" if rows[0][key] is None else f"{np.mean([r[key] for r in rows]):.3f} ({min(r[key] for r in rows):.3f} to {max(r[key] for r in rows):.3f})"
@@ -134,7 +135,7 @@ def report(args, cosines, back):
         rows = [r for r in back if r["n"] == n]
         lines.append(f"| {n} | " + " | ".join(spread(rows, k) for k in ("correlation", "rmse", "before_mean", "before_sd")) + " |")
     lines += ["", f"The gold reward of those rows has sd {back[0]['reward_sd']:.3f}."]
-    common.write_json("results/theorem.json", dict(command="python tools/theorem.py", gradients=cosines, read_back=back))
+    common.write_json("results/theorem.json", dict(command="python tools/theorem.py", gvm_steps=args.gvm_steps, rollouts=args.rollouts, gradients=cosines, read_back=back))
     with open("results/theorem.md", "w") as f:
         f.write("\n".join(lines) + "\n")
     print("\n".join(lines))

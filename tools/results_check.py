@@ -1,0 +1,100 @@
+"""Derives the README's numbers from results/ once more, and fails where one differs or comes from nowhere.
+
+    python tools/results_check.py            make results-check
+
+Every claim below is a piece of the README with its numbers put in from the files. A number with two decimals or more that no claim covers is an error too.
+"""
+import json
+import os
+import re
+import sys
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from tools.seeds import interval
+
+ELSEWHERE = [r"\d{4}\.\d{5}", "0.0001 B clip", "under 0.15", "TD.lambda. with lambda 0.95"]         # papers; settings that stand in the code
+
+
+def read(name):
+    with open(os.path.join(ROOT, "results", name)) as f:
+        return json.load(f)
+
+
+def spread(values, digits=3):
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def demo():
+    for r in read("demo.json"):
+        steps = [f"{r[k]:.0f}" if k in r else "" for k in ("steps_90", "seconds_90", "seconds")]
+        yield "| " + " | ".join([r["stage"], f"{r['gold']:.3f}", f"{r['kl']:.2f}", *steps, f"{r['held']:,}", f"{r['trained']:,}"]) + " |"
+
+
+def toy():
+    d, ceiling = read("toy.json"), read("gvm_ceiling.json")
+    rows = d["seeds"]
+    yield f"{len(rows)} seeds that no setting was chosen on, {rows[0]['dvpo']['steps']} steps"
+    yield f"| SFT | | {spread([r['sft']['gold'] for r in rows])} | 0 |"
+    for name in ("dvpo", "ppo"):
+        yield f"| {name.upper()} | {spread([r[name]['final'] for r in rows])} | {spread([r[name]['heldout'] for r in rows])} | {np.mean([r[name]['kl'] for r in rows]):.2f} |"
+    yield f"PPO ends {d['mean']['ppo_final'] - d['mean']['dvpo_final']:.3f} higher"
+    both = [x for x in d["reach"]["0.9"] if x["dvpo"] and x["ppo"]]
+    steps, seconds = ([x["dvpo"][i] / x["ppo"][i] for x in both] for i in (0, 1))
+    yield f"DVPO takes {interval(steps)} times PPO's steps and {interval(seconds)} of its seconds"
+    yield f"it reaches in {sum(x['dvpo'] is not None for x in d['reach']['1.0'])} of {len(rows)} seeds"
+    default, best = {}, {}
+    for stage in ("dvpo", "ppo_baseline"):
+        cells = [c for c in d["tuning"] if c["stage"] == stage]
+        default[stage], best[stage] = next(c["final"] for c in cells if (c["lr"], c["kl_coef"]) == (3e-4, 0.1)), max(c["final"] for c in cells)
+    yield f"DVPO has {default['dvpo']:.3f} at the default and {best['dvpo']:.3f} at best, PPO {default['ppo_baseline']:.3f} and {best['ppo_baseline']:.3f}"
+    gvm = [r["gvm"] for r in rows]
+    yield f"pair accuracy of the mean token value {spread([g['accuracy']['mean'] for g in gvm])[:-1]}; the exact values themselves score {ceiling['accuracy']['mean']:.3f}"
+    yield f"correlation with the exact Q {spread([g['true_q']['correlation'] for g in gvm])}"
+    yield f"in the right order in {sum(g['v0_ranks_all_policies'] for g in gvm)} of {len(gvm)} seeds"
+    bare = d["gvm_no_tau"]
+    yield f"its correlation with the exact Q is {bare['true_q']['correlation']:.3f}; its pair accuracy, which rewards knowing the answer and not the author, is {bare['accuracy']['mean']:.3f}"
+
+
+def real_text():
+    d = read("real_text.json")
+    runs = {(r["tau_pairs"], r["batch_norm"], r["td_lambda"], r["seed"]): r for r in d["runs"]}
+    mean = lambda *key: runs[key]["accuracy"]["mean"]
+    three = [mean(2, False, 1, s) for s in (1, 2, 3)]
+    yield f"Accuracy over {d['runs'][0]['pairs']:,} pairs"
+    yield f"{np.mean(three):.3f} with two pairs of tau (three seeds, {min(three):.3f} to {max(three):.3f})"
+    yield f"{mean(0, False, 1, 1):.3f} without tau, {mean(0, True, 1, 1):.3f} without tau and with batch norm"
+    yield f"V(s_0 | tau) correlates {np.mean([runs[2, False, 1, s]['v0_correlation'] for s in (1, 2, 3)]):.2f}"
+    marks = d["yardsticks"]
+    yield f"\"the longer answer wins\" {marks['longer_wins']:.3f} ({marks['longer_wins_seen_behind_0']:.3f} at the lengths"
+    yield f"better average wins\" {marks['better_average_wins']:.3f}"
+    yield f"td_lambda 0.95 gave {mean(2, False, 0.95, 1):.3f} where 1 gave {mean(2, False, 1, 1):.3f} (one seed)"
+
+
+CLAIMS = (demo, toy, real_text)
+
+
+def main():
+    with open(os.path.join(ROOT, "README.md")) as f:
+        text = re.sub(r"\s+", " ", f.read())
+    rest, wrong, n = text, [], 0
+    for part in CLAIMS:
+        for claim in part():
+            claim, n = re.sub(r"\s+", " ", claim), n + 1
+            if claim in text:
+                rest = rest.replace(claim, " ")
+            else:
+                wrong.append(f"{part.__name__}: README.md does not say: {claim}")
+    for pattern in ELSEWHERE:
+        rest = re.sub(pattern, " ", rest)
+    wrong += [f"from nowhere: {m.group()} in: ... {rest[max(0, m.start() - 60):m.end() + 30]} ..." for m in re.finditer(r"(?<![\w.])\d+\.\d\d+", rest)]
+    if wrong:
+        sys.exit("error: " + "\n       ".join(wrong))
+    print(f"{n} claims of README.md hold")
+
+
+if __name__ == "__main__":
+    main()
