@@ -459,6 +459,8 @@ def load_model(path, trainable=True):
         for key, value in vars(config).items():          # rollouts and updates must see one and the same policy
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
+        if getattr(config, "activation_function", None) == "gelu_new":        # GPT-2's: eight operations, each kept for the backward pass; torch has the same as one
+            config.activation_function = "gelu_pytorch_tanh"
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True,
                                                   dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     except (OSError, ValueError, SafetensorError) as e:
@@ -637,7 +639,10 @@ def engine(model, args, lr, rows, accum=1):
     trainable = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(args, model, rows, accum))[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(args, model, rows, accum))[0]
+    if world() == 1 and not args.zero:
+        engine.enable_backward_allreduce = False                           # it would copy all gradients out and in again, to sum them over one rank
+    return engine
 
 
 def frozen(model, args):

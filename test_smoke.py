@@ -912,6 +912,20 @@ def test_judge():
     assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])
 
 
+def test_gelu_of_gpt2_is_fused():
+    from transformers import GPT2LMHeadModel
+
+    config = toy.model_config(toy.tokenizer())
+    config.activation_function = "gelu_new"
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(config).eval()
+    lm.save_pretrained(path("gelu"))
+    model, ids = common.load_model(path("gelu")).eval(), torch.arange(24).view(2, 12)
+    assert type(model.lm.transformer.h[0].mlp.act) is not type(lm.transformer.h[0].mlp.act)
+    with torch.no_grad():
+        close(model.lm(ids).logits, lm(ids).logits, 1e-4)
+
+
 def test_readme():
     """Its commands have the files and flags they name, the table of files their lines, and its numbers stand in results/."""
     import re
