@@ -52,7 +52,7 @@ def run_seed(seed, args):
                        check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
     def measure(name):
-        stage("train_gvm.py", folder(root, f"eval {name} moved"), *sft, "--eval-only", "--gvm", f"{gvm(name)}/model", "--data", f"{root}/moved_heldout.jsonl", "--true-q", "")
+        stage("train_gvm.py", folder(root, f"eval {name} moved"), *sft, "--eval-only", "--gvm", f"{gvm(name)}/model", "--data", f"{root}/moved_heldout.jsonl")
 
     for name in GVMS:
         train(name), rl(name)
