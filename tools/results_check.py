@@ -74,7 +74,29 @@ def real_text():
     yield f"td_lambda 0.95 gave {mean(2, False, 0.95, 1):.3f} where 1 gave {mean(2, False, 1, 1):.3f} (one seed)"
 
 
-CLAIMS = (demo, toy, real_text)
+def cost():
+    d = read("bench_cpu.json")
+    big = next(v["measured"] for k, v in d["steps"].items() if k.startswith("124M, 8 rows, 64 + 128"))
+    want = next(v["predicted"] for k, v in d["steps"].items() if k.startswith("124M, 8 rows, 64 + 128"))
+    for name, method in ("PPO", "ppo"), ("DVPO", "dvpo"), ("DVPO `--lora`", "lora"):
+        r, ppo = big[method], big["ppo"]
+        ratios = [f"{r['sec_step'] / ppo['sec_step']:.3f}", f"{want[method]['step'] / want['ppo']['step']:.3f}"] if method != "ppo" else ["", ""]
+        yield "| " + " | ".join([name, f"{r['sec_step']:.1f}", *ratios, f"{r['peak'] / 2**20:,.0f}", f"{r['peak'] / ppo['peak']:.3f}" if method != "ppo" else ""]) + " |"
+    small = next(v["measured"] for k, v in d["steps"].items() if "trl" in v["measured"])
+    share = lambda m, k: f"{small[m][k] / small['trl'][k]:.2f}"
+    yield f"our PPO takes {share('ppo', 'sec_step')} of its time and {share('ppo', 'peak')} of its memory, DVPO {share('dvpo', 'sec_step')} and {share('dvpo', 'peak')}"
+    shapes = d["decode"]["shapes"]
+    yield f"{shapes['124M']['ratio']:.2f} times as fast as transformers' `generate` at 124M, {shapes['tiny']['ratio']:.2f} times at the toy's size"
+
+
+def soak():
+    d = read("soak.json")
+    yield f"{sum(r['kills'] for r in d['kills'])} kills at random moments over all four stages ([results/soak.md](results/soak.md)): {sum(r['equal'] for r in d['kills'])} of {len(d['kills'])} stages"
+    yield f"at most {max(max(r['lost']) for r in d['kills'] if r['lost'])} steps to do again"
+    yield f"{d['long']['steps']:,} steps of DVPO: memory {d['long']['first_mb']:.0f} to {d['long']['last_mb']:.0f} MB"
+
+
+CLAIMS = (demo, toy, real_text, cost, soak)
 
 
 def main():
