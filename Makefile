@@ -16,11 +16,13 @@ demo: .venv/ready
 	$(PY) dvpo.py
 	$(PY) ppo_baseline.py --pairs data/toy/pairs.jsonl out/tiny/sft/labelled_pairs.jsonl
 	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
+	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was bland . the staff was not rude ." --policy good --out out/tiny/flipped
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/sft.json --policy out/tiny/sft/model
 	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdicts.jsonl
 	$(PY) tools/report.py
 	$(PY) tools/plot.py
+	$(PY) tools/plot.py --heatmap out/tiny/gvm/show.json out/tiny/flipped/show.json --to out/tiny/heatmap.png
 
 test: .venv/ready
 	$(PY) test_smoke.py

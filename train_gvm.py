@@ -269,12 +269,12 @@ def main(argv=None):
     data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)
     gvm = common.load_model(args.init_from, trainable=False)
-    common.check_context(gvm, args.max_length, "--max-length")
     if args.show or args.eval_only:
         meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
         args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
         args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
         gvm.eval()
+    common.check_context(gvm, args.max_length, "--max-length")
     if args.show:
         if args.policy and args.policy not in data.by_policy:
             common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
