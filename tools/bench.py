@@ -252,15 +252,15 @@ def plans(prompt, new):
     for shape in ("llama3-3b", "llama3-8b"):
         config = AutoConfig.for_model(**SHAPES[shape])
 
-        def lm(layers, device):
-            with torch.device(device):
+        def lm(layers):
+            with torch.device("meta"):
                 return common.LM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**dict(SHAPES[shape], num_hidden_layers=layers)), dtype=torch.bfloat16))
 
         def kept(lora, checkpointed):
             """probe() of the whole depth."""
             seen = []
             for layers in (1, 2):
-                small = lm(layers, "cpu")
+                small = lm(layers).to_empty(device="cpu")                       # whatever the numbers are, the bytes are the same
                 if lora:
                     small.requires_grad_(False)
                     small.add_adapter("policy", 8, 32)
@@ -272,9 +272,9 @@ def plans(prompt, new):
         try:
             common.fingerprint, common.all_max = lambda lm: "", lambda n: 0         # nothing to hash; no other ranks to ask, and no refusal
             for method in METHODS:
-                frozen = lm(config.num_hidden_layers, "meta").requires_grad_(False)
-                models = {"policy": lm(config.num_hidden_layers, "meta"), "critic": lm(config.num_hidden_layers, "meta"), "frozen": frozen} if method == "ppo" else {
-                    "policy": lm(config.num_hidden_layers, "meta"), "frozen": frozen} if method == "dvpo" else {"all": frozen}
+                frozen = lm(config.num_hidden_layers).requires_grad_(False)
+                models = {"policy": lm(config.num_hidden_layers), "critic": lm(config.num_hidden_layers), "frozen": frozen} if method == "ppo" else {
+                    "policy": lm(config.num_hidden_layers), "frozen": frozen} if method == "dvpo" else {"all": frozen}
                 if method == "lora":
                     with torch.device("meta"):
                         frozen.add_adapter("policy", 8, 32)

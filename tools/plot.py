@@ -54,7 +54,7 @@ def heatmap(responses, path):
         values = np.array([shown[k] for k, _ in rows(shown)])
         ax.imshow(values, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
         for i, j in np.ndindex(*values.shape):
-            ax.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=8)
+            ax.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=8, color="white" if abs(values[i, j]) > 0.8 * scale else "black")
         ax.set_xticks(range(values.shape[1]), [plain(t) for t in shown["tokens"]], rotation=40, ha="right")
         ax.set_yticks(range(len(values)), [label for _, label in rows(shown)])
     axes[0, 0].set_title(plain(shown["prompt"] if isinstance(shown["prompt"], str) else shown["prompt"][-1]["content"]), fontsize=10)

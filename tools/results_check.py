@@ -89,6 +89,14 @@ def cost():
     yield f"{shapes['124M']['ratio']:.2f} times as fast as transformers' `generate` at 124M, {shapes['tiny']['ratio']:.2f} times at the toy's size"
 
 
+def plans():
+    found = read("bench_cpu.json")["plans"]["plans"]
+    for shape in ("llama3-3b", "llama3-8b"):
+        for ranks, zero in (1, 1), (8, 1), (8, 3):
+            total = {(p["method"], p["gradient_checkpointing"]): f"{p['total'] / 2**30:.1f}" for p in found if (p["shape"], p["ranks"], p["zero"]) == (shape, ranks, zero)}
+            yield f"| {shape} | {ranks} | {zero} | " + " | ".join(f"{total[m, False]} ({total[m, True]})" for m in ("ppo", "dvpo", "lora")) + " |"
+
+
 def soak():
     d = read("soak.json")
     yield f"{sum(r['kills'] for r in d['kills'])} kills at random moments over all four stages ([results/soak.md](results/soak.md)): {sum(r['equal'] for r in d['kills'])} of {len(d['kills'])} stages"
@@ -96,7 +104,31 @@ def soak():
     yield f"{d['long']['steps']:,} steps of DVPO: memory {d['long']['first_mb']:.0f} to {d['long']['last_mb']:.0f} MB"
 
 
-CLAIMS = (demo, toy, real_text, cost, soak)
+def ablations():
+    d = read("ablations.json")
+    base = d["runs"]["unchanged"]
+    yield f"{len(d['seeds'])} seeds, {d['gvm_steps']} steps a GVM, {d['steps']} rollout steps"
+    for name, rows in d["runs"].items():
+        mean = {k: np.mean([r[k] for r in rows]) for k in ("accuracy", "correlation", "heldout", "heldout_kl")}
+        difference = "" if name == "unchanged" else interval([r["heldout"] - b["heldout"] for r, b in zip(rows, base)], 3, "+")
+        yield f"| {name} | {mean['accuracy']:.3f} | {mean['correlation']:.3f} | {mean['heldout']:.3f} | {difference} | {mean['heldout_kl']:.2f} |"
+    moved = {k: np.mean(v) for k, v in d["moved_accuracy"].items()}
+    yield f"{moved['unchanged']:.3f} of pairs right, without tau {moved['tau 0']:.3f}, retrained {moved['retrained']:.3f}"
+    yield f"correlates {d['q_correlation_against_reward']:.2f} with the reward"
+
+
+def theorem():
+    d = read("theorem.json")
+    mean = lambda n, signal, key: np.mean([r[key] for r in d["gradients"] if (r["n"], r["signal"]) == (n, signal)])
+    for n in sorted({r["n"] for r in d["gradients"] if r["n"]}):
+        back = [r for r in d["read_back"] if r["n"] == n]
+        yield (f"| {n:,} | " + " | ".join(f"{mean(n, signal, 'gold'):.3f}" for signal in ("reward model", "GVM, delta", "GVM, Q")) + " | "
+               + " | ".join(f"{mean(n, signal, 'reward_model'):.3f}" for signal in ("GVM, delta", "GVM, Q")) + f" | {np.mean([r['correlation'] for r in back]):.3f} |")
+    halves = [np.mean([r["halves"] for r in d["gradients"] if r["signal"] == "gold"]), mean(30000, "GVM, delta", "halves")]
+    yield f"{halves[0]:.3f} for the gold reward and {halves[1]:.3f} for the GVM"
+
+
+CLAIMS = (demo, toy, real_text, cost, plans, soak, ablations, theorem)
 
 
 def main():
