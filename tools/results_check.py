@@ -128,7 +128,7 @@ def theorem():
     yield f"{halves[0]:.3f} for the gold reward and {halves[1]:.3f} for the GVM"
 
 
-CLAIMS = (demo, toy, real_text, cost, plans, soak, ablations, theorem)
+CLAIMS = (demo, toy, real_text, cost, plans, soak)
 
 
 def main():

@@ -156,7 +156,7 @@ def main(argv=None):
         sys.exit("error: --steps: 0, or at least 500")
     for part in ("straight", "killed", "rank", "long"):
         shutil.rmtree(f"{ROOT}/{part}", ignore_errors=True)
-    data = dict(command="python data/toy.py && python tools/soak.py " + " ".join(sys.argv[1:]), machine=f"{os.cpu_count()} cores, {platform.machine()}")
+    data = dict(command=" ".join(["python data/toy.py && python tools/soak.py", *sys.argv[1:]]), machine=f"{os.cpu_count()} cores, {platform.machine()}")
     if not os.path.exists(f"{ROOT}/base/gvm/model"):
         finish(f"{ROOT}/base/sft", ["sft.py"])
         finish(f"{ROOT}/base/gvm", ["train_gvm.py", "--init-from", f"{ROOT}/base/sft/model"])
