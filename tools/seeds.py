@@ -66,8 +66,8 @@ def chain(seed):
 def tuning(job):
     (script, lr, kl_coef), root = job, f"out/seeds/{TUNING}"
     if script == "train_gvm.py":                             # the same GVM without a tau: what can it know about policies?
-        return stage(script, f"{root}/gvm_no_tau", "--seed", TUNING, "--init-from", f"{root}/sft/model", "--data", "data/toy/gvm.jsonl",
-                     f"{root}/labelled.jsonl", "--tau-pairs", 0)
+        stage(script, f"{root}/gvm_no_tau", "--seed", TUNING, "--init-from", f"{root}/sft/model", "--data", "data/toy/gvm.jsonl", f"{root}/labelled.jsonl", "--tau-pairs", 0)
+        return stage("dvpo.py", f"{root}/dvpo_no_tau", "--seed", TUNING, "--init-from", f"{root}/sft/model", "--gvm", f"{root}/gvm_no_tau/model", "--max-steps", STEPS)
     own = ("--gvm", f"{root}/gvm/model") if script == "dvpo.py" else ("--rm", f"{root}/rm/model")
     stage(script, f"out/seeds/tune/{script[:-3]}_{lr:g}_{kl_coef:g}", "--seed", TUNING, "--init-from", f"{root}/sft/model", *own,
           "--lr", lr, "--kl-coef", kl_coef, "--max-steps", STEPS)
@@ -129,6 +129,9 @@ def report(seeds):
         lines += ["", f"## Tuning, seed {TUNING}, the same grid for both", "", "| stage | lr | kl_coef | final | best | held-out | KL |", "|---|---|---|---|---|---|---|"]
         data["tuning"] = [dict(stage=s, lr=lr, kl_coef=k, **final(f"out/seeds/tune/{s}_{lr:g}_{k:g}")) for s, lr, k in tuned]
         lines += [f"| {t['stage']} | {t['lr']:g} | {t['kl_coef']:g} | {t['final']:.3f} | {t['best']:.3f} | {t['heldout']:.3f} | {t['kl']:.2f} |" for t in data["tuning"]]
+    if os.path.exists(f"out/seeds/{TUNING}/dvpo_no_tau/summary.json"):
+        bare = data["dvpo_no_tau"] = final(f"out/seeds/{TUNING}/dvpo_no_tau")
+        lines += ["", f"DVPO behind the GVM without tau, seed {TUNING}, default settings: final {bare['final']:.3f}, best {bare['best']:.3f}, held-out {bare['heldout']:.3f}, KL {bare['kl']:.2f}."]
     lines += ["", "## Steps and seconds to PPO's reward", "", "Until the gold reward (mean over five steps) has made so much of the way from where both begin to where PPO ends. Ratio: DVPO to PPO, "
               "the mean over seeds that got there and its 95 % interval (Student's t).", "", "| share | DVPO steps, by seed | PPO steps | ratio of steps | ratio of seconds |", "|---|---|---|---|---|"]
     data["reach"] = {str(share): [reach(r["seed"], share) for r in rows] for share in (0.8, 0.9, 1.0)}
