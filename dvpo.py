@@ -11,7 +11,7 @@ Objective, eq. (3) of arXiv 2502.16944 v1 (which all equation numbers here follo
     A_t = Q~(tau, s_t, a_t) - kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t))
 
 Q~ is the GVM's value of the token just said, normalised, eq. (2); tau is question-answer pairs out of the policy's own latest
-rollouts. PPO would hold four models here and train two of them; this holds two, one frozen trunk serving as reference (adapter
+rollouts. PPO has four roles here and trains two of them; this holds two models, one frozen trunk serving as reference (adapter
 off) and as GVM (adapter on), and trains one. The diff with ppo_baseline.py is the method.
 
 Deviations from the paper

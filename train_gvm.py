@@ -6,7 +6,7 @@ Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rej
 Writes  a LoRA adapter and a scalar head on that trunk  out/tiny/gvm/model
 
 tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the prompt in the
-same template. Objective, eq. (1) with lambda = 0 (equation numbers are those of arXiv 2502.16944 v1):
+same template. Objective, eq. (1) where lambda = 0, here 0.95 (equation numbers are those of arXiv 2502.16944 v1):
 
     L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,   G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}),
     and G = the reward of the whole response at its last token; no gradient flows into G.
@@ -26,7 +26,7 @@ Deviations from the paper
     deepspeed --num_gpus 8 train_gvm.py --model llama3-3b       eight
 
     python train_gvm.py --eval-only --data data/toy/gvm_heldout.jsonl           the paper's table 4 on any labelled file
-    python train_gvm.py --show "review the soup and the staff ." "the soup was not bad . the staff was rude ."   figure 4
+    python train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
 """
 import argparse
 import array
