@@ -912,6 +912,30 @@ def test_judge():
     assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])
 
 
+def test_interval_by_hand():
+    from tools.seeds import interval
+
+    assert interval([1, 2, 3]) == "2.00 ± 2.48"                                        # sd 1, t(2 degrees) 4.303 / sqrt(3)
+    assert interval([0.5, -0.25], 3, "+") == "+0.125 ± 4.766" and interval([0.7]) == "0.70" and interval([]) == "never"
+
+
+def test_policy_gradient_of_the_theorem():
+    """Against plain log-softmax over whole logits, row by row."""
+    from tools import theorem
+
+    model = tiny_gpt2()
+    _, _, ids, attn, mask = example_frame(toy.tokenizer())
+    adv, T = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)), mask.shape[1]
+    got = theorem.gradient(model, ids, attn, mask, adv, torch.arange(len(ids)))
+    model.zero_grad()
+    for row in range(len(ids)):
+        real = ids[row][attn[row].bool()][None]
+        n = int(mask[row].sum())
+        logp = model.lm(real).logits.log_softmax(-1)[0, -n - 1:-1].gather(1, real[0, -n:, None])[:, 0]
+        ((logp * adv[row, :n]).sum() / len(ids)).backward()
+    close(got, torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]), 1e-4)
+
+
 def test_gelu_of_gpt2_is_fused():
     from transformers import GPT2LMHeadModel
 

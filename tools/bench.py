@@ -361,7 +361,7 @@ def main(argv=None):
     a.methods = ["trl"] * bool(a.trl) + a.methods
     words = "python tools/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
     data = json.load(open(a.to)) if os.path.exists(a.to) else {}
-    if not a.plan:
+    if not a.plan or "machine" not in data:
         data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
     if a.decode:
         data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
