@@ -1248,10 +1248,10 @@ def test_two_ranks_equal_one_and_zero_3_equals_zero_1():
     one = run(train_gvm, *gvm, "--out", path("one"), "--batch-size", "32")
     rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16")
     ppo = ("--rm-max-steps", "3", "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_heldout.jsonl"))
-    two, *rest = two_ranks((train_gvm, (*gvm, "--out", path("two"), "--batch-size", "16", *ds3)),
+    two, whole, *rest = two_ranks(*((train_gvm, (*gvm, "--out", path(name), "--batch-size", "16", *zero)) for name, zero in (("two", ds3), ("two0", ("--zero", "0")))),
                            *((stage, (*rl, *own(zero[1]), "--out", path(stage.__name__, zero[1]), *zero)) for stage, own in ((dvpo, lambda z: ("--gvm", path("gvm/model"))), (ppo_baseline, lambda z: (*ppo, "--rm", path("rm2", z, "model"))))
                              for zero in (("--zero", "1"), ds3)))
-    for a, b in zip(one, two):
+    for a, b in (*zip(one, two), *zip(one, whole)):
         close(a["loss"], b["loss"], 1e-5), close(a["q_std"], b["q_std"], 1e-5)
     for stage, z1, z3 in ("dvpo", *rest[:2]), ("ppo_baseline", *rest[2:]):
         for a, b in zip(z1, z3):
