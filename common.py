@@ -49,7 +49,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -299,7 +299,7 @@ class LoRA(nn.Module):
         y, name = self.base(x), self.active
         if name is None:
             return y
-        return y + self.B[name](self.A[name](F.dropout(x, self.dropout[name], self.training))) * self.scale[name]
+        return torch.add(y, self.B[name](self.A[name](F.dropout(x, self.dropout[name], self.training))), alpha=self.scale[name])
 
     def delta(self, name):
         """What the adapter adds to the base weight, in that weight's own layout."""
@@ -391,6 +391,29 @@ class LM(nn.Module):
 CHUNK = 1024                                             # positions whose logits exist at one time
 
 
+class TokenLogp(torch.autograd.Function):
+    """log softmax(logits / temperature)[targets], fp32: (N, V), (N,) -> (N,).
+
+    The logits are the largest tensor of all. They are kept once for the backward pass, in their own dtype, and become their gradient in their own place.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        x = logits.float() if temperature == 1 else logits.float() / temperature
+        lse = x.logsumexp(-1)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.temperature = temperature
+        return x.gather(-1, targets[:, None]).squeeze(-1) - lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, targets, lse = ctx.saved_tensors
+        grad = grad[:, None] / ctx.temperature
+        p = logits.float().div_(ctx.temperature).sub_(lse[:, None]).exp_().mul_(-grad)         # fp32 logits: in place
+        return logits.copy_(p.scatter_add_(1, targets[:, None], grad)), None, None
+
+
 def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=CHUNK):
     """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (B, T, D), (B, T) -> (B, T).
 
@@ -398,8 +421,7 @@ def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=CHUNK):
     backward pass instead: it would be there again anyway.
     """
     def part(h, y):
-        logits = lm_head(h).float() / temperature
-        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return TokenLogp.apply(lm_head(h), y, temperature)
 
     h, y = hidden.flatten(0, 1), targets.flatten()
     parts = [checkpoint(part, h[i:i + chunk], y[i:i + chunk], use_reentrant=False) if torch.is_grad_enabled() and len(y) > chunk
@@ -438,18 +460,60 @@ class Decoder:
     def __init__(self, model, ids, attn, adapter=None):
         model.switch(adapter)
         self.trunk, self.head, self.cache = model.lm.base_model, model.lm.get_output_embeddings(), DynamicCache()
-        self.attn = None if attn.all() else attn         # prompts of one length need no mask
+        self.mask = None if attn.all() else attn         # prompts of one length need no mask
         self.positions = (attn.cumsum(1) - 1).clamp(min=0)
-        self.step(ids)
+        self.logits = self.step(ids)
 
     def step(self, ids):
-        out = self.trunk(input_ids=ids, attention_mask=self.attn, position_ids=self.positions, past_key_values=self.cache, use_cache=True)
-        self.logits = self.head(out.last_hidden_state[:, -1]).float()
+        out = self.trunk(input_ids=ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True)
+        return self.head(out.last_hidden_state[:, -1]).float()
 
     def __call__(self, token):
-        self.attn = None if self.attn is None else F.pad(self.attn, (0, 1), value=1)
+        self.mask = None if self.mask is None else F.pad(self.mask, (0, 1), value=1)
         self.positions = self.positions[:, -1:] + 1
-        self.step(token[:, None])
+        self.logits = self.step(token[:, None])
+
+
+class StaticDecoder(Decoder):
+    """--static-cache: the same, in memory that never moves, `new` tokens long from the start; so on CUDA the step is recorded once and then replayed as one graph.
+
+    Without a graph the host launches every kernel of every layer for every token, and the GPU waits for it (28 layers: 11.5 to 13 ms a token, gpt-fast).
+    Recording takes as long as a token or two and is done anew for each rollout: nothing of it outlives the rollout, neither cache nor addresses of weights.
+    """
+
+    def __init__(self, model, ids, attn, adapter, new):
+        super().__init__(model, ids, attn, adapter)      # reads the prompts
+        length, prompts = -(-(ids.shape[1] + new) // 64) * 64, self.cache
+        self.cache = StaticCache(config=model.lm.config, max_cache_len=length)
+        if any(layer.is_sliding for layer in self.cache.layers):
+            die("--static-cache: this architecture attends through a sliding window; leave the flag out")
+        for i, layer in enumerate(prompts.layers):
+            self.cache.update(layer.keys, layer.values, i)
+        self.mask = F.pad(attn.bool(), (0, length - ids.shape[1]))[:, None, None]      # (B, 1, 1, length)
+        self.at, self.positions, self.token, self.graph = torch.tensor([ids.shape[1]], device=ids.device), self.positions[:, -1:].clone(), ids[:, -1:].clone(), None
+
+    def append(self):
+        """Appends self.token. All in place and without the host: what a graph can hold."""
+        self.mask.index_fill_(3, self.at, True)
+        self.at += 1
+        self.positions += 1
+        self.logits.copy_(self.step(self.token))
+
+    def __call__(self, token):
+        self.token.copy_(token[:, None])
+        if self.graph:
+            self.graph.replay()
+        elif not token.is_cuda:
+            self.append()
+        else:                                            # once as it is, on a stream of its own: warms up the libraries; then recorded, which computes nothing
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.append()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # NCCL's watchdog may go on meanwhile
+                self.append()
 
 
 def load_model(path, trainable=True):
@@ -560,7 +624,9 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     plan |= {f"{role}: a copy to decode with": size for role, size in list(sizes.items())[:1] if decode[0] and args.zero == 3}
     plan |= {f"{role}: gradients": count * element / shard(2) for role, count in trained.items() if count}
     plan |= {f"{role}: optimizer": 0 if args.offload and cuda else count * states for role, count in trained.items() if count}
-    passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) + chunk * vocab * (12 + element),
+    # A backward pass begins with the logits, kept once in their own dtype, and the largest gradient (a tied head's waits for the embedding's); its forward has two fp32 copies, see TokenLogp.
+    logits = max(chunk * vocab * (8 if element == 4 else 8 + element), chunk * vocab * element + element * max(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad))
+    passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) + logits,
                f"KV cache of {decode[0]} x {decode[1]} tokens": decode[0] * (decode[1] * probes[min(probes)]["cache"] + vocab * 12)}
     if element == 2 and not args.zero:
         passing["fp32 gradients in the optimizer step"] = 4 * max(trained.values())

@@ -53,6 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens; longer prompts lose their beginning")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a response at most (paper 1024)")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, in sampling and scoring alike")
+    p.add_argument("--static-cache", action="store_true", help="roll out with a KV cache of full length and, on CUDA, the step as one graph: for speed (not yet run on a GPU)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token")
     p.add_argument("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="taken off the reward of a response that never ends")
@@ -77,7 +78,7 @@ def parse_args(argv=None):
 def rollout(model, prompts, tok, args, device, adapter=None):
     """One sampled response a prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)      # (B, P)
-    decode = common.Decoder(model, ids, attn, adapter)
+    decode = common.StaticDecoder(model, ids, attn, adapter, args.max_new_tokens) if args.static_cache else common.Decoder(model, ids, attn, adapter)
     ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
     for t in range(args.max_new_tokens):
         cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)

@@ -268,13 +268,16 @@ def test_bos_once_and_behind():
 
 
 def test_chunked_logp_equals_plain():
+    """Values and gradients, in chunks under checkpointing and in one piece, fp32 and bf16, against autograd over plain log-softmax."""
     torch.manual_seed(0)
-    h, y, head = torch.randn(2, 9, 8, requires_grad=True), torch.randint(0, 11, (2, 9)), torch.nn.Linear(8, 11)
-    out = common.token_logp(h, y, head, 0.7, chunk=4)
-    want = (head(h) / 0.7).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
-    close(out.detach(), want.detach(), 1e-5)
-    (g,), (g2,) = torch.autograd.grad(out.sum(), h), torch.autograd.grad(want.sum(), h)
-    close(g, g2, 1e-5)
+    h, y, head, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randint(0, 11, (2, 9)), torch.nn.Linear(8, 11), torch.randn(2, 9)
+    for chunk, temperature, dtype, bound in (4, 0.7, torch.float32, 1e-5), (99, 0.7, torch.float32, 1e-5), (99, 1.0, torch.float32, 1e-6), (99, 0.7, torch.bfloat16, 3e-2), (4, 1.0, torch.bfloat16, 3e-2):
+        head, x = head.to(dtype), h.to(dtype)
+        out = common.token_logp(x, y, head, temperature, chunk=chunk)
+        want = (head(x).float() / temperature).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
+        close(out.detach(), want.detach(), bound)
+        for g, g2 in zip(*(torch.autograd.grad((values * weight).sum(), (h, head.weight, head.bias)) for values in (out, want))):
+            close(g.float() / g2.float().abs().max(), g2.float() / g2.float().abs().max(), bound)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +285,7 @@ def test_chunked_logp_equals_plain():
 
 
 class Args:
-    temperature, max_new_tokens, batch_size, max_prompt_length = 1.0, 24, 8, 64
+    temperature, max_new_tokens, batch_size, max_prompt_length, static_cache = 1.0, 24, 8, 64, False
 
 
 def test_greedy_rollout_equals_generate():
@@ -290,7 +293,7 @@ def test_greedy_rollout_equals_generate():
     args.temperature = 1e-6                                                       # the token loop, made greedy
     prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
     for model in (tiny_gpt2(3), tiny_llama(3)):
-        for module in (dvpo, ppo_baseline):
+        for module, args.static_cache in itertools.product((dvpo, ppo_baseline), (False, True)):
             ids, attn, mask, ended = module.rollout(model, prompts, tok, args, "cpu")
             P = ids.shape[1] - mask.shape[1]
             want = model.lm.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False, max_new_tokens=24,
@@ -309,11 +312,11 @@ def test_rollout_logp_equals_teacher_forced():
     P = ids.shape[1] - mask.shape[1]
     with torch.no_grad():
         logp = model(ids, attn, mask.shape[1], temperature=0.8)
-        decode = common.Decoder(model, ids[:, :P], attn[:, :P])
-        for t in range(mask.shape[1]):
-            step = (decode.logits / 0.8).log_softmax(-1).gather(1, ids[:, P + t, None]).squeeze(1)
-            close((step * mask[:, t]), (logp[:, t] * mask[:, t]), 1e-4)
-            decode(ids[:, P + t])
+        for decode in common.Decoder(model, ids[:, :P], attn[:, :P]), common.StaticDecoder(model, ids[:, :P], attn[:, :P], None, mask.shape[1]):
+            for t in range(mask.shape[1]):
+                step = (decode.logits / 0.8).log_softmax(-1).gather(1, ids[:, P + t, None]).squeeze(1)
+                close((step * mask[:, t]), (logp[:, t] * mask[:, t]), 1e-4)
+                decode(ids[:, P + t])
     for b in range(len(prompts)):                                                 # the mask ends with the first eos
         r = ids[b, P:][mask[b]].tolist()
         assert tok.eos_token_id not in r[:-1] and bool(ended[b]) == (r[-1] == tok.eos_token_id)

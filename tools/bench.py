@@ -163,8 +163,8 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
 # What it should cost
 
 
-def machine(shape):
-    """Operations a second in a matrix product of the shape's own sizes, bytes a second in a copy; the best of several."""
+def machine(shape, rows):
+    """Operations a second in a matrix product of the shape's own sizes, of 1,024 rows, and of `rows` rows through as many matrices as the model has weights (decoding); bytes a second in a copy. The best of several."""
     device, config = "cuda" if CUDA else "cpu", SHAPES[shape]
     D = config.get("n_embd") or config["hidden_size"]
     x, w = torch.randn(1024, D, device=device, dtype=DTYPE), torch.randn(D, 4 * D, device=device, dtype=DTYPE)
@@ -181,26 +181,40 @@ def machine(shape):
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    return dict(operations=2 * x.numel() * w.shape[1] / best(lambda: x @ w), bandwidth=2 * big.nbytes / best(lambda: other.copy_(big)))
+    small = x[:rows].clone()
+    many = [w.clone() for _ in range(max(1, round(weights(shape)[0] / w.numel())))]
+    return dict(operations=2 * x.numel() * w.shape[1] / best(lambda: x @ w), decode=2 * small.numel() * w.shape[1] * len(many) / best(lambda: [small @ m for m in many]),
+                bandwidth=2 * big.nbytes / best(lambda: other.copy_(big)))
+
+
+def weights(shape):
+    """Weights of the matrices in the blocks, of the head, of all there is; and the config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]))
+    blocks = sum(p.numel() for k, p in lm.named_parameters() if p.dim() == 2 and not any(name in k for name in ("emb", "wte", "wpe", "lm_head")))
+    return blocks, lm.get_input_embeddings().weight.numel(), sum(p.numel() for p in lm.parameters()), lm.config
+
+
+def bytes_a_token(shape, rows, context):
+    """What decoding one token for `rows` rows must read: the weights and the cache."""
+    _, head, total, config = weights(shape)
+    kv = config.hidden_size * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
+    return (total - (0 if config.tie_word_embeddings else head) + rows * context * 2 * config.num_hidden_layers * kv) * torch.finfo(DTYPE).bits // 8
 
 
 def predict(a, method, rate, shape=None, rows=None, new=None):
     """Seconds by phase of one step, from counted operations and bytes alone.
 
     n tokens forward through the blocks: 2 n (weights) + attention over half the length; through the head: 2 n V D. Backward: twice that; once
-    where the weights are frozen. Decoding reads all weights, and the cache, once per token.
+    where the weights are frozen. Decoding reads all weights, and the cache, once per token, or computes `rows` rows, whichever takes longer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]))
-    blocks = sum(p.numel() for k, p in lm.named_parameters() if p.dim() == 2 and "emb" not in k and "wte" not in k and "wpe" not in k and "lm_head" not in k)
-    total, (V, D) = sum(p.numel() for p in lm.parameters()), lm.get_input_embeddings().weight.shape
-    layers, length = lm.config.num_hidden_layers, a.prompt + new
+    blocks, vocabulary, total, config = weights(shape)
+    D, layers, length = config.hidden_size, config.num_hidden_layers, a.prompt + new
     forward = lambda n, context: 2 * n * blocks + 4 * n * (context / 2) * D * layers
-    head = lambda n: 2 * n * V * D
-    body, top, size = forward(rows * length, length), head(rows * new), torch.finfo(DTYPE).bits // 8
+    body, top = forward(rows * length, length), 2 * rows * new * vocabulary
     pairs = max(0, min(PAIRS, (512 - a.prompt) // (a.prompt + min(new, 128))))                       # of tau, that fit in half the GVM's --max-length
     tau = pairs * (a.prompt + min(new, 128))
     value = 2 * body if method == "ppo" else forward(tau, tau) + body + 4 * rows * length * tau * D * layers
@@ -208,10 +222,8 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     attention = 4 * rows * length * (length / 2) * D * layers                                # its backward is twice its forward, whatever is frozen
     train = a.ppo_epochs * {"ppo": 6 * body + (3 + again) * top, "dvpo": 3 * body + (3 + again) * top, "lora": 2 * body + attention + (2 + again) * top}[method]
     updates = a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
-    cache = rows * (a.prompt + new / 2) * 2 * layers * D * getattr(lm.config, "num_key_value_heads", lm.config.num_attention_heads) / lm.config.num_attention_heads
-    read = total - (0 if lm.config.tie_word_embeddings else V * D)
-    step = max((read + cache) * size / rate["bandwidth"], (2 * blocks * rows + head(rows)) / rate["operations"])
-    seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * step, score=(2 * (body + top) + value) / rate["operations"],
+    token = max(bytes_a_token(shape, rows, a.prompt + new / 2) / rate["bandwidth"], 2 * rows * (blocks + vocabulary) / rate["decode"])
+    seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * token, score=(2 * (body + top) + value) / rate["operations"],
                    optimizer={"ppo": 2, "dvpo": 1, "lora": 0}[method] * updates * total * 4 * 10 / rate["bandwidth"])    # norm, clip; AdamW: 4 reads, 3 writes
     return dict(seconds, train=train / rate["operations"] + seconds["optimizer"], step=sum(seconds.values()) + train / rate["operations"])
 
@@ -223,22 +235,29 @@ def decode(a, shape):
     device = next(model.parameters()).device
     prompts = [common.encode_prompt(tok, r["prompt"])[-a.prompt:] for r, _ in zip(common.Rows(f"{world}/prompts_{a.prompt}.jsonl", []), range(a.batch_size))]
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)
-    args = argparse.Namespace(max_new_tokens=a.new, temperature=1.0)
+    args = argparse.Namespace(max_new_tokens=a.new, temperature=1.0, static_cache=False)
     plain = dict(attention_mask=attn, max_new_tokens=a.new, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, top_k=0, top_p=1.0)
-    ours, theirs = (lambda: dvpo.rollout(model, prompts, tok, args, device)), (lambda: model.lm.generate(ids, do_sample=True, **plain))
-    seconds = {"rollout": [], "generate": []}
+
+    def ours(static):
+        args.static_cache = static                                         # on CUDA with a graph
+        return dvpo.rollout(model, prompts, tok, args, device)[0][:, a.prompt:]
+
+    runs = {"rollout": lambda: ours(False), "static": lambda: ours(True), "generate": lambda: model.lm.generate(ids, do_sample=True, **plain)}
+    seconds = {k: [] for k in runs}
     with torch.no_grad():
         for n in range(a.rounds + 1):
-            for name, f in ("rollout", ours), ("generate", theirs):
+            for name, f in runs.items():
                 common.Clock.wait()
                 begin = time.perf_counter()
                 f()
                 common.Clock.wait()
                 seconds[name].append(time.perf_counter() - begin)
         args.temperature = 1e-5
-        same = (ours()[0][:, a.prompt:] == model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:, a.prompt:]).float().mean().item()
+        greedy = model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:, a.prompt:]
+        same = min((ours(static) == greedy).float().mean().item() for static in (False, True))
     middle = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-    return dict(middle, ratio=middle["generate"] / middle["rollout"], greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new, rounds={k: v[1:] for k, v in seconds.items()})
+    floor = bytes_a_token(shape, a.batch_size, a.prompt + a.new / 2) / machine(shape, a.batch_size)["bandwidth"]
+    return dict(middle, ratio=middle["generate"] / middle["rollout"], floor=floor * a.new, greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new, rounds={k: v[1:] for k, v in seconds.items()})
 
 
 def plans(prompt, new):
@@ -308,7 +327,7 @@ def report(data, path):
     for shape, part in data.get("steps", {}).items():
         got, want = part["measured"], part["predicted"]
         out += ["", f"## {shape}: PPO and DVPO in turns", "", f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
-                f"bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."]
+                f"of {part['rows']} rows {part['rate']['decode'] / 1e9:,.0f} G; bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."]
         out += table(("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
             (m, *(f"{r['sec_' + k]:.2f}" if "sec_" + k in r else "" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", *((f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}") if m in want else ("", "")),
              f"{r['peak'] / MB:,.0f}", *((f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") if "planned" in r else ("", ""))) for m, r in got.items()])
@@ -320,8 +339,8 @@ def report(data, path):
         out += ["What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}" for k, v in r["plan"].items()) for m, r in got.items() if "plan" in r) + "."]
     if "decode" in data:
         out += ["", "## The rollout against transformers' generate", "", f"`{data['decode']['command']}`"]
-        out += table(("shape", "rows", "prompt", "new", "rollout s", "generate s", "generate / rollout", "greedy tokens equal"), [
-            (shape, *(str(r[k]) for k in ("rows", "prompt", "new")), f"{r['rollout']:.3f}", f"{r['generate']:.3f}", f"{r['ratio']:.2f}", f"{r['greedy_tokens_equal']:.4f}")
+        out += table(("shape", "rows", "prompt", "new", "rollout s", "with --static-cache", "generate s", "generate / rollout", "bytes over bandwidth s", "greedy tokens equal"), [
+            (shape, *(str(r[k]) for k in ("rows", "prompt", "new")), *(f"{r[k]:.3f}" for k in ("rollout", "static", "generate")), f"{r['ratio']:.2f}", f"{r['floor']:.3f}", f"{r['greedy_tokens_equal']:.4f}")
             for shape, r in data["decode"]["shapes"].items()])
     if "plans" in data:
         out += ["", "## Planned for real models, not measured", "", f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch 8, mini-batch 2; what is only held while models load left out."]
@@ -359,7 +378,7 @@ def main(argv=None):
     p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json", help="(default: %(default)s)")
     a = p.parse_args(argv)
     a.methods = ["trl"] * bool(a.trl) + a.methods
-    words = "python tools/bench.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    words = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     data = json.load(open(a.to)) if os.path.exists(a.to) else {}
     if not a.plan or "machine" not in data:
         data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
@@ -372,12 +391,12 @@ def main(argv=None):
         series = [("14M", rows, 64) for rows in (2, 4, 8, 16)] + [("14M", 4, new) for new in (32, 128, 256)] + [(shape, 4, 64) for shape in ("tiny", "124M")]
         points = []
         for shape, rows, new in series:
-            rate, measured = machine(shape), side_by_side(a, a.methods, a.rounds, shape, rows, new)
+            rate, measured = machine(shape, rows), side_by_side(a, a.methods, a.rounds, shape, rows, new)
             points.append(dict(shape=shape, rows=rows, new=new, measured={m: dict(r, floor=predict(a, m, rate, shape, rows, new)["step"]) for m, r in measured.items()}))
         data["growth"] = dict(command=words, points=points)
     else:
-        rate = machine(a.shape)
-        part = dict(command=words, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods if m != "trl"}, measured=side_by_side(a, a.methods, a.rounds))
+        rate = machine(a.shape, a.batch_size)
+        part = dict(command=words, rows=a.batch_size, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods if m != "trl"}, measured=side_by_side(a, a.methods, a.rounds))
         data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (f", {a.world} ranks" if a.world > 1 else "")] = part
     common.write_json(a.to, data)
     report(data, a.to[:-5] + ".md")

@@ -60,6 +60,7 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=64, help="rows per forward pass")
     p.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 1.4, 1.8], help="gone through batch by batch; above 1 makes more mistakes")
     p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
+    p.add_argument("--static-cache", action="store_true", help="as in dvpo.py")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
     if min(args.n, args.batch_size, args.max_new_tokens, *args.temperatures) <= 0:

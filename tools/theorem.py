@@ -72,7 +72,7 @@ def gradients(seed, args):
     texts = [t for t in texts for _ in range(per_prompt)]
     prompts = [common.encode_prompt(tok, t) for t in texts]
     torch.manual_seed(seed)
-    ids, attn, mask, _ = dvpo.rollout(policy, prompts, tok, argparse.Namespace(max_new_tokens=32, temperature=1.0), "cpu")
+    ids, attn, mask, _ = dvpo.rollout(policy, prompts, tok, argparse.Namespace(max_new_tokens=32, temperature=1.0, static_cache=False), "cpu")
     responses, T = common.unpad(ids, mask), mask.shape[1]
     gold = torch.tensor([toy.gold_reward(t, tok.decode(r, skip_special_tokens=True)) for t, r in zip(texts, responses)])
 
