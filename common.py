@@ -442,8 +442,10 @@ def read_prefix(model, prefix, adapter, head, device):
     def rows(n):
         if not prefix:
             return None
-        mine = copy.deepcopy(cache)                      # a forward appends to its cache
-        mine.batch_repeat_interleave(n)
+        mine = DynamicCache()                            # a forward appends to its cache, and only then copies what it holds
+        for layer in cache.layers:
+            mine.layers.append(copy.copy(layer))
+            mine.layers[-1].keys, mine.layers[-1].values = (x.expand(n, -1, -1, -1) for x in (layer.keys, layer.values))
         return mine
 
     return rows
