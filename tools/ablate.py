@@ -1,6 +1,6 @@
 """What each choice is worth on the review world: one thing changed at a time, several seeds, against the same seeds unchanged.
 
-    python data/toy.py && python tools/seeds.py && python tools/ablate.py        some two hours more on two cores, two seeds at a time
+    python data/toy.py && python tools/seeds.py && python tools/ablate.py        some two hours and a half more on two cores, two seeds at a time
     python tools/ablate.py --report                                             only the table, from runs that are there
 
 Takes the SFT models and their labelled samples from tools/seeds.py. GVMs here train for --gvm-steps steps, fewer than the default, the unchanged one too.
@@ -104,7 +104,7 @@ def report(args, seeds):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
-    p.add_argument("--gvm-steps", type=int, default=1000, help="(default: %(default)s)")
+    p.add_argument("--gvm-steps", type=int, default=800, help="(default: %(default)s)")
     p.add_argument("--steps", type=int, default=100, help="rollout steps of an RL run (default: %(default)s)")
     p.add_argument("--report", action="store_true", help="run nothing")
     args = p.parse_args(argv)

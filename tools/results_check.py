@@ -14,6 +14,7 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from tools.ablate import GVMS
 from tools.seeds import interval
 
 ELSEWHERE = ["Python 3.11", r"kl_coef 0\.0\d", r"\d{4}\.\d{5}", "0.0001 B clip", "under 0.15", "0.57 and 0.66 for its 3B, 0.69 and 0.77 for its 8B", "TD.lambda. with lambda 0.95"]      # papers; settings that stand in the code; the paper's table 3
@@ -110,15 +111,22 @@ def soak():
 
 def ablations():
     d = read("ablations.json")
-    base = d["runs"]["unchanged"]
+    runs = d["runs"]
+    mean = lambda name, key: np.mean([r[key] for r in runs[name]])
+    change = lambda name: interval([r["heldout"] - b["heldout"] for r, b in zip(runs[name], runs["unchanged"])], 3, "+")
     yield f"{len(d['seeds'])} seeds, {d['gvm_steps']} steps a GVM, {d['steps']} rollout steps"
-    for name, rows in d["runs"].items():
-        mean = {k: np.mean([r[k] for r in rows]) for k in ("accuracy", "correlation", "heldout", "heldout_kl")}
-        difference = "" if name == "unchanged" else interval([r["heldout"] - b["heldout"] for r, b in zip(rows, base)], 3, "+")
-        yield f"| {name} | {mean['accuracy']:.3f} | {mean['correlation']:.3f} | {mean['heldout']:.3f} | {difference} | {mean['heldout_kl']:.2f} |"
+    yield f"unchanged run of the same seed, {mean('unchanged', 'heldout'):.3f} on average"
+    yield f"td_lambda 0, the paper's: {change('td_lambda 0')}"
+    yield f"0.5: {change('td_lambda 0.5')}; 0.9: {change('td_lambda 0.9')}; 1: {change('td_lambda 1')}"
+    yield f"Batch norm: {change('batch norm')}. `--advantage q`: {change('advantage q')}. kl_coef 0.05: {change('kl_coef 0.05')}; 0.2: {change('kl_coef 0.2')}"
+    yield f"none {change('tau 0')}, one {change('tau 1')}, three {change('tau 3')}"
+    yield f"(KL {mean('tau 0', 'heldout_kl'):.2f} against {mean('unchanged', 'heldout_kl'):.2f})"
+    yield f"behind a tau (KL {mean('kl_coef 0.05', 'heldout_kl'):.2f})"
+    yield f"runs away (KL {mean('kl_coef 0.02', 'heldout_kl'):.2f}) and fools the frozen GVM: {change('kl_coef 0.02')}, without tau {change('tau 0, kl_coef 0.02')}"
+    yield f"does not stop that: {change('retrained, kl_coef 0.02')}"
     moved = {k: np.mean(v) for k, v in d["moved_accuracy"].items()}
     yield f"{moved['unchanged']:.3f} of pairs right, without tau {moved['tau 0']:.3f}, {moved['retrained']:.3f} where it was retrained"
-    yield f"correlates {d['q_correlation_against_reward']:.2f} with the reward"
+    yield f"over {sum(len(v) for k, v in runs.items() if k in GVMS)} runs, correlates {d['q_correlation_against_reward']:.2f} with the reward"
 
 
 def theorem():

@@ -1,7 +1,7 @@
 """Several seeds of the whole chain on the review world, two processes at a time: SFT -> GVM -> DVPO, and reward model -> PPO.
 
-    python data/toy.py && python tools/seeds.py             five seeds, then on a sixth, which the settings were chosen on, lr x kl_coef for DVPO and
-                                                            PPO alike and a GVM without tau; about three quarters of an hour on two cores
+    python data/toy.py && python tools/seeds.py             five seeds, also with a GVM without tau, then on a sixth, which the settings were chosen on,
+                                                            lr x kl_coef for DVPO and PPO alike; about an hour on two cores
     python tools/seeds.py --report                          only the tables, from runs that are there
 
 Writes out/seeds/SEED/..., then results/toy.json and results/toy.md. RL runs go half as long again as the default, to see whether
@@ -61,13 +61,13 @@ def chain(seed):
     stage("dvpo.py", f"{root}/dvpo", "--seed", seed, "--init-from", f"{root}/sft/model", "--gvm", f"{root}/gvm/model", "--max-steps", STEPS)
     stage("ppo_baseline.py", f"{root}/ppo", "--seed", seed, "--init-from", f"{root}/sft/model", "--rm", f"{root}/rm/model", "--max-steps", STEPS,
           "--pairs", "data/toy/pairs.jsonl", f"{root}/labelled_pairs.jsonl")
+    # the same without a tau: what can it know about policies, and what is it worth to one?
+    stage("train_gvm.py", f"{root}/gvm_no_tau", "--seed", seed, "--init-from", f"{root}/sft/model", "--data", "data/toy/gvm.jsonl", f"{root}/labelled.jsonl", "--tau-pairs", 0)
+    stage("dvpo.py", f"{root}/dvpo_no_tau", "--seed", seed, "--init-from", f"{root}/sft/model", "--gvm", f"{root}/gvm_no_tau/model", "--max-steps", STEPS)
 
 
 def tuning(job):
     (script, lr, kl_coef), root = job, f"out/seeds/{TUNING}"
-    if script == "train_gvm.py":                             # the same GVM without a tau: what can it know about policies?
-        stage(script, f"{root}/gvm_no_tau", "--seed", TUNING, "--init-from", f"{root}/sft/model", "--data", "data/toy/gvm.jsonl", f"{root}/labelled.jsonl", "--tau-pairs", 0)
-        return stage("dvpo.py", f"{root}/dvpo_no_tau", "--seed", TUNING, "--init-from", f"{root}/sft/model", "--gvm", f"{root}/gvm_no_tau/model", "--max-steps", STEPS)
     own = ("--gvm", f"{root}/gvm/model") if script == "dvpo.py" else ("--rm", f"{root}/rm/model")
     stage(script, f"out/seeds/tune/{script[:-3]}_{lr:g}_{kl_coef:g}", "--seed", TUNING, "--init-from", f"{root}/sft/model", *own,
           "--lr", lr, "--kl-coef", kl_coef, "--max-steps", STEPS)
@@ -109,7 +109,8 @@ def report(seeds):
         d, p = final(f"{root}/dvpo"), final(f"{root}/ppo")
         g, sft = json.load(open(f"{root}/gvm/eval.json")), json.load(open(f"{root}/sft/summary.json"))
         rm = json.load(open(f"{root}/rm/model/adapter.json"))["accuracy"]
-        data["seeds"].append(dict(seed=seed, sft=sft, dvpo=d, ppo=p, gvm=g, rm_accuracy=rm))
+        bare = dict(dvpo_no_tau=final(f"{root}/dvpo_no_tau"), gvm_no_tau=json.load(open(f"{root}/gvm_no_tau/eval.json"))) if os.path.exists(f"{root}/dvpo_no_tau/done") else {}
+        data["seeds"].append(dict(seed=seed, sft=sft, dvpo=d, ppo=p, gvm=g, rm_accuracy=rm, **bare))
         lines.append(f"| {seed} | {sft['gold']:.3f} | " + " | ".join(f"{x['final']:.3f} | {x['best']:.3f} | {x['fall']:.3f} | {x['heldout']:.3f} | {x['kl']:.2f}" for x in (d, p)) + " |")
     rows = data["seeds"]
     mean = lambda f: float(np.mean([f(r) for r in rows]))
@@ -117,10 +118,7 @@ def report(seeds):
     lines.append("| mean | " + " | ".join(f"{v:.3f}" for v in data["mean"].values()) + " |")
     lines += ["", "final: mean over the last tenth of the steps; best: highest mean over such a window; fall: from the best to the lowest in the last third; KL: nats a response to the SFT model.", "",
               "## The global value model on held-out rows", "", "| seed | pairs | mean | P1 | P99 | last | correlation with true Q | rms error | V(s_0) ranks all policies | its correlation | RM accuracy |", "|---|---|---|---|---|---|---|---|---|---|---|"]
-    no_tau = f"out/seeds/{TUNING}/gvm_no_tau"
-    if os.path.exists(f"{no_tau}/done"):
-        data["gvm_no_tau"] = json.load(open(f"{no_tau}/eval.json"))
-    for r in rows + ([dict(seed=f"{TUNING}, no tau", gvm=data["gvm_no_tau"], rm_accuracy=float("nan"))] if "gvm_no_tau" in data else []):
+    for r in rows + [dict(seed=f"{r['seed']}, no tau", gvm=r["gvm_no_tau"], rm_accuracy=float("nan")) for r in rows if "gvm_no_tau" in r]:
         g = r["gvm"]
         lines.append(f"| {r['seed']} | {g['pairs']} | " + " | ".join(f"{g['accuracy'][k]:.3f}" for k in ("mean", "P1", "P99", "last"))
                      + f" | {g['true_q']['correlation']:.3f} | {g['true_q']['rmse']:.3f} | {g['v0_ranks_all_policies']} | {g['v0_correlation']:.3f} | {r['rm_accuracy']:.3f} |")
@@ -129,9 +127,11 @@ def report(seeds):
         lines += ["", f"## Tuning, seed {TUNING}, the same grid for both", "", "| stage | lr | kl_coef | final | best | held-out | KL |", "|---|---|---|---|---|---|---|"]
         data["tuning"] = [dict(stage=s, lr=lr, kl_coef=k, **final(f"out/seeds/tune/{s}_{lr:g}_{k:g}")) for s, lr, k in tuned]
         lines += [f"| {t['stage']} | {t['lr']:g} | {t['kl_coef']:g} | {t['final']:.3f} | {t['best']:.3f} | {t['heldout']:.3f} | {t['kl']:.2f} |" for t in data["tuning"]]
-    if os.path.exists(f"out/seeds/{TUNING}/dvpo_no_tau/summary.json"):
-        bare = data["dvpo_no_tau"] = final(f"out/seeds/{TUNING}/dvpo_no_tau")
-        lines += ["", f"DVPO behind the GVM without tau, seed {TUNING}, default settings: final {bare['final']:.3f}, best {bare['best']:.3f}, held-out {bare['heldout']:.3f}, KL {bare['kl']:.2f}."]
+    bare = [r for r in rows if "dvpo_no_tau" in r]
+    if bare:
+        lines += ["", "## DVPO behind the GVM without tau", "", "| seed | final | best | fall | held-out | KL | held-out, to the run with tau |", "|---|---|---|---|---|---|---|"]
+        lines += [f"| {r['seed']} | {x['final']:.3f} | {x['best']:.3f} | {x['fall']:.3f} | {x['heldout']:.3f} | {x['kl']:.2f} | {x['heldout'] - r['dvpo']['heldout']:+.3f} |" for r in bare for x in [r["dvpo_no_tau"]]]
+        lines += ["| mean | " + " | ".join(f"{np.mean([r['dvpo_no_tau'][k] for r in bare]):.3f}" for k in ("final", "best", "fall", "heldout", "kl")) + f" | {interval([r['dvpo_no_tau']['heldout'] - r['dvpo']['heldout'] for r in bare], 3, '+')} |"]
     lines += ["", "## Steps and seconds to PPO's reward", "", "Until the gold reward (mean over five steps) has made so much of the way from where both begin to where PPO ends. Ratio: DVPO to PPO, "
               "the mean over seeds that got there and its 95 % interval (Student's t).", "", "| share | DVPO steps, by seed | PPO steps | ratio of steps | ratio of seconds |", "|---|---|---|---|---|"]
     data["reach"] = {str(share): [reach(r["seed"], share) for r in rows] for share in (0.8, 0.9, 1.0)}
@@ -153,7 +153,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
     p.add_argument("--report", action="store_true", help="run nothing")
     args = p.parse_args(argv)
-    grid = [("train_gvm.py", None, None), *itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS)]
+    grid = list(itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS))
     for f, jobs in ((chain, [TUNING, *args.seeds]), (tuning, grid)) if not args.report else ():
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             list(pool.map(f, jobs))
