@@ -164,6 +164,7 @@ def main(argv=None):
             tau = common.read_prefix(trunk, prefix, "gvm", "gvm", device)
             q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm", cache=tau(len(m))) for m in minis])    # (B, T+1)
             buffer = prompts, responses
+            del tau                                                         # its cache
 
         # 4. advantage
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
