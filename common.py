@@ -626,11 +626,11 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     plan |= {f"{role}: a copy to decode with": size for role, size in list(sizes.items())[:1] if decode[0] and args.zero == 3}
     plan |= {f"{role}: gradients": count * element / shard(2) for role, count in trained.items() if count}
     plan |= {f"{role}: optimizer": 0 if args.offload and cuda else count * states for role, count in trained.items() if count}
-    # A backward pass begins with the logits, kept once in their own dtype, and the largest gradient; its forward has two fp32 copies, see TokenLogp. On a CPU the
+    # A backward pass begins with the logits, kept once in their own dtype, and the largest gradient; its forward has two fp32 copies, see TokenLogp. On a CPU (fp32) the
     # heap gives back little of what is freed: three quarters of the activations once more (measured), and a tied head's gradient still there beside the embedding's.
     largest = element * max(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad)
-    logits = max(chunk * vocab * (8 if element == 4 else 8 + element), chunk * vocab * element + largest * (1 if cuda else 2))
-    passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) * (1 if cuda else 1.75) + logits,
+    logits = max(chunk * vocab * (8 if element == 4 else 8 + element), chunk * vocab * element + largest * (1 if element == 2 else 2))
+    passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) * (1 if element == 2 else 1.75) + logits,
                f"KV cache of {decode[0]} x {decode[1]} tokens": decode[0] * (decode[1] * probes[min(probes)]["cache"] + vocab * 12)}
     if element == 2 and not args.zero:
         passing["fp32 gradients in the optimizer step"] = 4 * max(trained.values())
