@@ -1,7 +1,7 @@
 """The figures, from what the stages wrote. Needs matplotlib, which nothing else does.
 
     python tools/plot.py [--out out/tiny]           writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
-    python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] --to FILE.png      several seeds: mean and band
+    python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] [--no-tau RUN ...] --to FILE.png      several seeds: mean and band
     python tools/plot.py --heatmap GOOD/show.json BAD/show.json --to FILE.png        two responses to one prompt
     python tools/plot.py --growth results/bench_cpu.json       seconds and bytes of a step against rows, tokens and parameters
 """
@@ -91,6 +91,7 @@ def main(argv=None):
     p.add_argument("--out", default="out/tiny", help="folder with the stages' output (default: out/tiny)")
     p.add_argument("--dvpo", nargs="+", help="run folders of dvpo.py, one a seed (default: OUT/dvpo)")
     p.add_argument("--ppo", nargs="+", help="run folders of ppo_baseline.py, one a seed (default: OUT/ppo)")
+    p.add_argument("--no-tau", nargs="+", help="run folders of dvpo.py behind a GVM without tau: a third line")
     p.add_argument("--to", help="file to write (default: OUT/curves.png)")
     p.add_argument("--heatmap", nargs="+", metavar="SHOW.json", help="figure 4 of several responses to one prompt, from train_gvm.py --show; needs --to")
     p.add_argument("--growth", help="JSON of tools/bench.py --growth; writes bench_growth.png beside it")
@@ -101,6 +102,7 @@ def main(argv=None):
     if args.heatmap:
         return heatmap([json.load(open(path)) for path in args.heatmap], args.to or p.error("--heatmap needs --to FILE.png"))
     runs = dict(DVPO=args.dvpo or [os.path.join(args.out, "dvpo")], PPO=args.ppo or [os.path.join(args.out, "ppo")])
+    runs |= {"DVPO, no tau": args.no_tau} if args.no_tau else {}
     curves({k: v for k, v in runs.items() if os.path.exists(os.path.join(v[0], "metrics.jsonl"))}, args.to or os.path.join(args.out, "curves.png"))
     shown = os.path.join(args.out, "gvm", "show.json")
     if os.path.exists(shown) and not args.to:
