@@ -75,6 +75,8 @@ def growth(points, path):
             for ax, measured, formula, unit in (axes[0, column], "sec_step", "floor", 1), (axes[1, column], "peak", "planned", 2**20):
                 ax.loglog(x, [p["measured"][method][measured] / unit for p in line], "o-", color=colour, label=method)
                 ax.loglog(x, [p["measured"][method][formula] / unit for p in line], ":", color=colour)
+                ax.set_xticks(x, [f"{n:.2g}" if key == "shape" else n for n in x])
+                ax.xaxis.minorticks_off()
         axes[0, column].set_title(label)
         axes[0, column].set_ylabel("seconds a step; dotted: counted floor")
         axes[1, column].set_ylabel("peak MB; dotted: the plan")
