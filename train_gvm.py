@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
     p.add_argument("--tau-pairs", type=int, default=None,
-                   help=f"most question-answer pairs in tau; 0: no tau (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
+                   help=f"most question-answer pairs in tau; 0: no tau, see Results in README.md (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
     p.add_argument("--tau-length", type=int, default=d.tau_length, help="tokens of each answer in tau; the rest is cut (paper: not given)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="the adapter is scaled by alpha / rank (paper 32)")
