@@ -411,7 +411,7 @@ class TokenLogp(torch.autograd.Function):
         logits, targets, lse = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
         p = logits.float().div_(ctx.temperature).sub_(lse[:, None]).exp_().mul_(-grad)         # fp32 logits: in place
-        return logits.copy_(p.scatter_add_(1, targets[:, None], grad)), None, None
+        return logits.copy_(p.scatter_add_(1, targets[:, None], grad)).detach(), None, None
 
 
 def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=CHUNK):
@@ -480,17 +480,20 @@ class StaticDecoder(Decoder):
     """--static-cache: the same, in memory that never moves, `new` tokens long from the start; so on CUDA the step is recorded once and then replayed as one graph.
 
     Without a graph the host launches every kernel of every layer for every token, and the GPU waits for it (28 layers: 11.5 to 13 ms a token, gpt-fast).
-    Recording takes as long as a token or two and is done anew for each rollout: nothing of it outlives the rollout, neither cache nor addresses of weights.
+    It is recorded anew for each rollout, and nothing of it outlives the rollout, neither cache nor addresses of weights.
     """
+
+    side = None                                          # one CUDA stream for all graphs: cuBLAS keeps a workspace for each that it sees
 
     def __init__(self, model, ids, attn, adapter, new):
         super().__init__(model, ids, attn, adapter)      # reads the prompts
-        length, prompts = -(-(ids.shape[1] + new) // 64) * 64, self.cache
-        self.cache = StaticCache(config=model.lm.config, max_cache_len=length)
-        if any(layer.is_sliding for layer in self.cache.layers):
-            die("--static-cache: this architecture attends through a sliding window; leave the flag out")
+        config, length, prompts = model.lm.config, -(-(ids.shape[1] + new) // 64) * 64, self.cache
+        self.cache = StaticCache(config=config, max_cache_len=length)
+        if config._attn_implementation != "sdpa" or any(self.cache.is_sliding) or re.search("dynamic|longrope", str(getattr(config, "rope_parameters", ""))):
+            die("--static-cache: made for scaled_dot_product_attention over all tokens, and positions that do not depend on the length; this architecture has another: leave the flag out")
         for i, layer in enumerate(prompts.layers):
             self.cache.update(layer.keys, layer.values, i)
+            layer.keys = layer.values = None             # never both whole
         self.mask = F.pad(attn.bool(), (0, length - ids.shape[1]))[:, None, None]      # (B, 1, 1, length)
         self.at, self.positions, self.token, self.graph = torch.tensor([ids.shape[1]], device=ids.device), self.positions[:, -1:].clone(), ids[:, -1:].clone(), None
 
@@ -507,14 +510,14 @@ class StaticDecoder(Decoder):
             self.graph.replay()
         elif not token.is_cuda:
             self.append()
-        else:                                            # once as it is, on a stream of its own: warms up the libraries; then recorded, which computes nothing
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        else:                                            # once as it is, on the stream that records: warms up the libraries; then recorded, which computes nothing
+            StaticDecoder.side = self.side or torch.cuda.Stream()
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 self.append()
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):      # NCCL's watchdog may go on meanwhile
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):      # NCCL's watchdog may go on meanwhile
                 self.append()
 
 
@@ -626,10 +629,11 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     plan |= {f"{role}: a copy to decode with": size for role, size in list(sizes.items())[:1] if decode[0] and args.zero == 3}
     plan |= {f"{role}: gradients": count * element / shard(2) for role, count in trained.items() if count}
     plan |= {f"{role}: optimizer": 0 if args.offload and cuda else count * states for role, count in trained.items() if count}
-    # A backward pass begins with the logits, kept once in their own dtype, and the largest gradient; its forward has two fp32 copies, see TokenLogp. On a CPU (fp32) the
-    # heap gives back little of what is freed: three quarters of the activations once more (measured), and a tied head's gradient still there beside the embedding's.
+    # A backward pass begins with the logits, kept once in their own dtype (its forward has two fp32 copies, see TokenLogp), and the head's gradient: in several chunks, their
+    # sum, a new one and the new sum. On a CPU (fp32) the heap gives back little of what is freed: three quarters of the activations once more (measured), and a
+    # tied head's gradient still there beside the embedding's.
     largest = element * max(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad)
-    logits = max(chunk * vocab * (8 if element == 4 else 8 + element), chunk * vocab * element + largest * (1 if element == 2 else 2))
+    logits = max(chunk * vocab * (8 if element == 4 else 8 + element), chunk * vocab * element + largest * (3 if rows * sampled > CHUNK else 1 if element == 2 else 2))
     passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) * (1 if element == 2 else 1.75) + logits,
                f"KV cache of {decode[0]} x {decode[1]} tokens": decode[0] * (decode[1] * probes[min(probes)]["cache"] + vocab * 12)}
     if element == 2 and not args.zero:
