@@ -17,7 +17,7 @@ sys.path.insert(0, ROOT)
 from tools.ablate import GVMS
 from tools.seeds import interval
 
-ELSEWHERE = ["Python 3.11", "at 800, on the same rows, it had 0.831", r"kl_coef 0\.0\d", r"\d{4}\.\d{5}", "0.0001 B clip", "under 0.15", "0.57 and 0.66 for its 3B, 0.69 and 0.77 for its 8B", "TD.lambda. with lambda 0.95"]      # papers; settings that stand in the code; the paper's table 3; an older results/theorem.md, see results/README.md
+ELSEWHERE = ["Python 3.11", "after 800 it had 0.831", r"kl_coef 0\.0\d", r"\d{4}\.\d{5}", "0.0001 B clip", "under 0.15", "0.57 and 0.66 for its 3B, 0.69 and 0.77 for its 8B", "TD.lambda. with lambda 0.95"]      # papers; settings that stand in the code; the paper's table 3; an older results/theorem.md, see results/README.md
 
 
 def read(name):
@@ -139,10 +139,12 @@ def ablations():
 def theorem():
     d = read("theorem.json")
     mean = lambda n, signal, key: np.mean([r[key] for r in d["gradients"] if (r["n"], r["signal"]) == (n, signal)])
-    for n in sorted({r["n"] for r in d["gradients"] if r["n"]}):
-        back = [r for r in d["read_back"] if r["n"] == n]
-        yield (f"| {n:,} | " + " | ".join(f"{mean(n, signal, 'gold'):.3f}" for signal in ("reward model", "GVM, delta", "GVM, Q")) + " | "
-               + " | ".join(f"{mean(n, signal, 'reward_model'):.3f}" for signal in ("GVM, delta", "GVM, Q")) + f" | {np.mean([r['correlation'] for r in back]):.3f} |")
+    sizes = sorted({r["n"] for r in d["gradients"] if r["n"]})
+    series = lambda f: " / ".join(f"{f(n):.3f}" for n in sizes)
+    yield f"nine times over {' / '.join(f'{n:,}' for n in sizes)} rows"
+    yield f"cosine with the gold reward's: reward model {series(lambda n: mean(n, 'reward model', 'gold'))}, GVM {series(lambda n: mean(n, 'GVM, delta', 'gold'))}"
+    yield f"with each other {series(lambda n: mean(n, 'GVM, delta', 'reward_model'))}"
+    yield f"correlates with the true one by {series(lambda n: np.mean([r['correlation'] for r in d['read_back'] if r['n'] == n]))}"
     halves = [np.mean([r["halves"] for r in d["gradients"] if r["signal"] == "gold"]), mean(30000, "GVM, delta", "halves")]
     yield f"{halves[0]:.3f} for the gold reward and {halves[1]:.3f} for the GVM"
 
