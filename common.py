@@ -378,14 +378,16 @@ class LM(nn.Module):
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at each of the T+1 states, (B, T+1).
 
-        Both fp32. Entry t of the log-probs is read BEFORE a_t; entry 0 of the scalars stands at the last prompt token, entry
-        t+1 AFTER a_t.
+        Both fp32. Entry t of the log-probs is read BEFORE a_t, and is 0 behind the end of the response; entry 0 of the scalars
+        stands at the last prompt token, entry t+1 AFTER a_t.
         """
         self.switch(adapter)
         h = self.hidden(ids, attn, T, cache)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
-        return token_logp(h[:, :-1], ids[:, -T:], self.lm.get_output_embeddings(), temperature)
+        real = attn[:, -T:].flatten().nonzero().squeeze(1)                 # the head, the widest product of all, sees no padding
+        logp = token_logp(h[:, :-1].flatten(0, 1)[real], ids[:, -T:].flatten()[real], self.lm.get_output_embeddings(), temperature)
+        return logp.new_zeros(len(ids) * T).index_copy(0, real, logp).view(-1, T)
 
 
 CHUNK = 1024                                             # positions whose logits exist at one time
@@ -414,19 +416,20 @@ class TokenLogp(torch.autograd.Function):
         return logits.copy_(p.scatter_add_(1, targets[:, None], grad)).detach(), None, None
 
 
-def token_logp(hidden, targets, lm_head, temperature=1.0, chunk=CHUNK):
-    """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (B, T, D), (B, T) -> (B, T).
+def token_logp(hidden, targets, lm_head, temperature=1.0):
+    """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,).
 
-    In chunks of positions under activation checkpointing: the (B, T, V) logits never exist at once, forward or backward. A single chunk is kept for the
-    backward pass instead: it would be there again anyway.
+    In chunks of at most CHUNK positions under activation checkpointing: the (N, V) logits never exist at once, forward or
+    backward. A single chunk is kept for the backward pass instead: it would be there again anyway.
     """
     def part(h, y):
         return TokenLogp.apply(lm_head(h), y, temperature)
 
-    h, y = hidden.flatten(0, 1), targets.flatten()
-    parts = [checkpoint(part, h[i:i + chunk], y[i:i + chunk], use_reentrant=False) if torch.is_grad_enabled() and len(y) > chunk
-             else part(h[i:i + chunk], y[i:i + chunk]) for i in range(0, len(y), chunk)]
-    return torch.cat(parts).view_as(targets)
+    n = -(-len(targets) // CHUNK)
+    if hasattr(lm_head.weight, "ds_id"):                 # ZeRO-3 gathers the head at each call: every rank makes equally many
+        n = all_max(n)
+    pieces = zip(hidden.tensor_split(n), targets.tensor_split(n))
+    return torch.cat([checkpoint(part, h, y, use_reentrant=False) if torch.is_grad_enabled() and n > 1 else part(h, y) for h, y in pieces])
 
 
 def read_prefix(model, prefix, adapter, head, device):
@@ -842,6 +845,13 @@ def join(ids, attn, response, mask, pad):
     response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])), value=pad)
     mask = F.pad(mask[:, :T], (0, max(0, T - mask.shape[1])))
     return torch.cat([ids, response], 1), torch.cat([attn, mask.long()], 1), mask
+
+
+def by_length(order, attn, size):
+    """Row numbers (B,), in turns of `size`, an optimizer batch: each turn sorted by its rows' lengths, so that micro-batches hold rows of
+    like length and little padding. What an optimizer batch sums up stays the same."""
+    length = attn.sum(1)
+    return torch.cat([rows[length[rows].argsort(stable=True)] for rows in order.to(attn.device).split(size)])
 
 
 def unpad(ids, mask):

@@ -132,6 +132,7 @@ def main(argv=None):
     trunk = policy if args.lora else common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
+    opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, policy=policy)
     first, state = checkpoints.load()
@@ -152,9 +153,10 @@ def main(argv=None):
 
         with clock("score"), torch.no_grad():
             # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1
-            minis = torch.arange(args.batch_size, device=device).split(args.mini_batch_size)
-            old_logp = torch.cat([policy(ids[m], attn[m], T, adapter, temperature=args.temperature) for m in minis])
-            ref_logp = torch.cat([trunk(ids[m], attn[m], T, None, temperature=args.temperature) for m in minis])
+            in_turn = common.by_length(torch.arange(args.batch_size), attn, opt_rows)
+            minis, back = in_turn.split(args.mini_batch_size), in_turn.argsort()
+            old_logp = torch.cat([policy(ids[m], attn[m], T, adapter, temperature=args.temperature) for m in minis])[back]
+            ref_logp = torch.cat([trunk(ids[m], attn[m], T, None, temperature=args.temperature) for m in minis])[back]
 
             # 3. value, behind one tau for all rows (they share a policy), read once: some of the policy's own latest answers
             prefix = draw_tau(buffer or (prompts, responses), tau_pairs, np.random.default_rng([args.seed, step, common.rank()]))
@@ -162,7 +164,7 @@ def main(argv=None):
             behind = [common.behind(tok, prefix, p)[len(prefix):] for p in prompts]                            # bos comes once
             tau_ids, tau_attn, _ = common.frame(behind, responses, tok.pad_token_id, device)
             tau = common.read_prefix(trunk, prefix, "gvm", "gvm", device)
-            q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm", cache=tau(len(m))) for m in minis])    # (B, T+1)
+            q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm", cache=tau(len(m))) for m in minis])[back]  # (B, T+1)
             buffer = prompts, responses
             del tau                                                         # its cache
 
@@ -176,9 +178,9 @@ def main(argv=None):
             policy.train()
             stats, updates = [], 0
             for epoch in range(args.ppo_epochs):
-                order = torch.arange(args.batch_size) if epoch == 0 else torch.randperm(args.batch_size)
+                order = in_turn if epoch == 0 else common.by_length(torch.randperm(args.batch_size), attn, opt_rows)
                 epoch_kl = []
-                for group in order.to(device).split(args.mini_batch_size * args.grad_accum):
+                for group in order.split(opt_rows):
                     n_tokens = common.all_sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)

@@ -213,6 +213,7 @@ def main(argv=None):
     trunk = common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
+    opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, policy=policy, critic=critic)
     first, state = checkpoints.load()
@@ -233,17 +234,18 @@ def main(argv=None):
 
         with clock("score"), torch.no_grad():
             # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1
-            minis = torch.arange(args.batch_size, device=device).split(args.mini_batch_size)
-            old_logp = torch.cat([policy(ids[m], attn[m], T, temperature=args.temperature) for m in minis])
-            ref_logp = torch.cat([trunk(ids[m], attn[m], T, temperature=args.temperature) for m in minis])
+            in_turn = common.by_length(torch.arange(args.batch_size), attn, opt_rows)
+            minis, back = in_turn.split(args.mini_batch_size), in_turn.argsort()
+            old_logp = torch.cat([policy(ids[m], attn[m], T, temperature=args.temperature) for m in minis])[back]
+            ref_logp = torch.cat([trunk(ids[m], attn[m], T, temperature=args.temperature) for m in minis])[back]
 
             # 3. value of the critic before each token, and the reward of the whole response
-            values = torch.cat([critic(ids[m], attn[m], T, head="critic")[:, :-1] for m in minis])             # (B, T)
+            values = torch.cat([critic(ids[m], attn[m], T, head="critic")[:, :-1] for m in minis])[back]       # (B, T)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
             if reward:
                 score = torch.tensor([float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts)], device=device)
             else:
-                score = (torch.cat([scores(trunk, ids[m], attn[m], mask[m]) for m in minis]) - meta["mean"]) / meta["std"]
+                score = (torch.cat([scores(trunk, ids[m], attn[m], mask[m]) for m in minis])[back] - meta["mean"]) / meta["std"]
 
         # 4. advantage
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
@@ -259,9 +261,9 @@ def main(argv=None):
             policy.train(), critic.train()
             stats, updates = [], 0
             for epoch in range(args.ppo_epochs):
-                order = torch.arange(args.batch_size) if epoch == 0 else torch.randperm(args.batch_size)
+                order = in_turn if epoch == 0 else common.by_length(torch.randperm(args.batch_size), attn, opt_rows)
                 epoch_kl = []
-                for group in order.to(device).split(args.mini_batch_size * args.grad_accum):
+                for group in order.split(opt_rows):
                     n_tokens = common.all_sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, temperature=args.temperature)

@@ -119,6 +119,7 @@ def main(argv=None):
         # 1. batch
         rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
         ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), tok.pad_token_id, device)
+        ids, attn, mask = (x[common.by_length(torch.arange(args.batch_size), attn, args.batch_size)] for x in (ids, attn, mask))
         n_tokens = common.all_sum(mask.sum())
 
         # 2. update

@@ -270,14 +270,32 @@ def test_bos_once_and_behind():
 def test_chunked_logp_equals_plain():
     """Values and gradients, in chunks under checkpointing and in one piece, fp32 and bf16, against autograd over plain log-softmax."""
     torch.manual_seed(0)
-    h, y, head, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randint(0, 11, (2, 9)), torch.nn.Linear(8, 11), torch.randn(2, 9)
-    for chunk, temperature, dtype, bound in (4, 0.7, torch.float32, 1e-5), (99, 0.7, torch.float32, 1e-5), (99, 1.0, torch.float32, 1e-6), (99, 0.7, torch.bfloat16, 3e-2), (4, 1.0, torch.bfloat16, 3e-2):
+    h, y, head, weight, real = torch.randn(18, 8, requires_grad=True), torch.randint(0, 11, (18,)), torch.nn.Linear(8, 11), torch.randn(18), common.CHUNK
+    for common.CHUNK, temperature, dtype, bound in (4, 0.7, torch.float32, 1e-5), (99, 0.7, torch.float32, 1e-5), (99, 1.0, torch.float32, 1e-6), (99, 0.7, torch.bfloat16, 3e-2), (4, 1.0, torch.bfloat16, 3e-2):
         head, x = head.to(dtype), h.to(dtype)
-        out = common.token_logp(x, y, head, temperature, chunk=chunk)
+        out = common.token_logp(x, y, head, temperature)
         want = (head(x).float() / temperature).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
         close(out.detach(), want.detach(), bound)
         for g, g2 in zip(*(torch.autograd.grad((values * weight).sum(), (h, head.weight, head.bias)) for values in (out, want))):
             close(g.float() / g2.float().abs().max(), g2.float() / g2.float().abs().max(), bound)
+    common.CHUNK = real
+
+
+def test_the_head_sees_no_padding():
+    """The one forward of the head is over as many rows as there are response tokens; log-probs are 0 behind a response's end."""
+    _, responses, ids, attn, mask = example_frame(toy.tokenizer(), 3)
+    seen, model = [], tiny_gpt2()
+    model.lm.get_output_embeddings().register_forward_hook(lambda module, given, out: seen.append(tuple(out.shape)))
+    logp = model(ids, attn, mask.shape[1])
+    assert [rows for rows, vocab in seen] == [sum(map(len, responses))] and mask.numel() > seen[0][0]
+    assert (logp[mask] < 0).all() and (logp[~mask] == 0).all()
+
+
+def test_by_length():
+    attn = torch.tensor([[1] * n + [0] * (9 - n) for n in (5, 9, 2, 7, 3, 1)])
+    assert common.by_length(torch.arange(6), attn, 3).tolist() == [2, 0, 1, 5, 4, 3]                 # each three by themselves
+    assert common.by_length(torch.tensor([5, 0, 4, 3, 2, 1]), attn, 6).tolist() == [5, 2, 4, 0, 3, 1]
+    assert common.by_length(torch.arange(6), torch.ones(6, 4), 4).tolist() == list(range(6))         # equals stay where they are
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1024,6 +1042,18 @@ def test_optimizer_offload_changes_nothing():
             close(a["loss"], b["loss"], 1e-6), close(a["kl"], b["kl"], 1e-5)
 
 
+def test_how_a_batch_is_cut_changes_nothing():
+    """Four micro-batches of like lengths give the updates of the whole optimizer batch in one piece, in every stage."""
+    world()
+    for name, stage, argv in resume_cases("0"):
+        cut = ("--grad-accum", "4") if stage in (sft, train_gvm) else ("--mini-batch-size", "2", "--grad-accum", "4")
+        argv = (*argv, "--out", path("cut", name), *(("--lora-dropout", "0") if stage is train_gvm else ()))
+        for a, b in zip(run(stage, *argv), run(stage, *argv, *cut)):
+            for key in ("loss",) if stage in (sft, train_gvm) else ("kl", "q_mean", "gold"):         # RL's loss is a mean over micro-batches
+                close(a[key], b[key], 1e-4)
+            assert b.get("ratio_first", 1.0) == 1.0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resume
 
@@ -1287,6 +1317,7 @@ if __name__ == "__main__":
     import time
 
     if len(sys.argv) > 1:                                                         # one rank of two_ranks()
+        common.CHUNK = 64                                                         # several chunks of logits, and not equally many on both ranks
         for stage, argv in json.loads(sys.argv[1]):
             globals()[stage].main(argv)
         common.finish()

@@ -1,6 +1,7 @@
 """What a step of DVPO and of PPO costs, in seconds and bytes, with random weights: neither depends on what the weights are.
 
     python tools/bench.py                                     124M on a CPU: PPO, DVPO and DVPO --lora, taking turns step by step
+    python tools/bench.py --lengths mixed                     answers that end where real ones do, not all at the last token
     python tools/bench.py --decode                            the rollout against transformers' generate, at tiny and at --shape
     python tools/bench.py --growth                            seconds and bytes against rows, new tokens and parameters
     python tools/bench.py --shape llama3-3b --prompt 256 --new 1024 --methods dvpo     on a GPU
@@ -14,7 +15,9 @@ product and a bare copy. Everything goes to results/bench_DEVICE.json, then to a
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,6 +27,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import psutil
 import torch
 
@@ -72,10 +76,20 @@ def make(shape, prompt):
 # One stage in its own process, which waits for its turn after every step
 
 
-def child(method, folder, argv):
+def mixed(turn, rows, new):
+    """Answer lengths of rollout number `turn`, spread like those of real chat models (AlpacaEval: log-normal, sigma 1.09; the median is put at a fifth of the room): (rows,)."""
+    drawn = np.random.default_rng(turn).lognormal(math.log(new / 5), 1.09, rows)
+    return torch.from_numpy(drawn.round().clip(1, new)).long()
+
+
+def child(method, folder, lengths, argv):
     """Runs a stage. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the optimizer; FOLDER/METHOD.turn says how many it may do."""
     stage, spent, begin = METHODS[method][0], dict(optimizer=0.0), [time.perf_counter()]
-    step, log = common.deepspeed.DeepSpeedEngine.step, common.Metrics.log
+    step, log, join, turns = common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.join, itertools.count()
+
+    def join_shorter(ids, attn, response, mask, pad):
+        ends = mixed(next(turns) * common.world() + common.rank(), *mask.shape).to(mask.device)
+        return join(ids, attn, response, mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None]), pad)
 
     def timed_step(engine, *a, **k):
         common.Clock.wait()
@@ -97,20 +111,20 @@ def child(method, folder, argv):
         spent["optimizer"], begin[0] = 0.0, time.perf_counter()
         return row
 
-    common.deepspeed.DeepSpeedEngine.step, common.Metrics.log = timed_step, log_and_wait
+    common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.join = timed_step, log_and_wait, join_shorter if lengths == "mixed" else join
     stage.main(argv)
 
 
 def command(a, method, rounds, world, folder, rows, new):
     mini, accum = min(a.mini_batch_size, rows), min(a.grad_accum, rows // min(a.mini_batch_size, rows))
     if method == "trl":
-        return [a.trl, os.path.join(common.HERE, "tools/bench_trl.py"), folder, world, *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))]
+        return [a.trl, os.path.join(common.HERE, "tools/bench_trl.py"), folder, world, a.lengths, *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))]
     prompts = f"{world}/prompts_{a.prompt}.jsonl"
     argv = ["--model", f"{world}/model", "--init-from", f"{world}/model", "--data", prompts, "--heldout", prompts, "--out", f"{folder}/{method}", "--max-prompt-length", a.prompt,
             "--max-new-tokens", new, "--batch-size", rows, "--mini-batch-size", mini, "--grad-accum", accum, "--ppo-epochs", a.ppo_epochs, "--zero", a.zero, "--lr", 1e-6,
             "--save-every", 10**6, *(("--rm", f"{world}/rm") if method == "ppo" else ("--gvm", f"{world}/gvm")), *METHODS[method][1]]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(a.world)] if a.world > 1 else []
-    return [sys.executable, *launcher, os.path.abspath(__file__), "--child", method, folder, *map(str, argv)]
+    return [sys.executable, *launcher, os.path.abspath(__file__), "--child", method, folder, a.lengths, *map(str, argv)]
 
 
 def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
@@ -368,6 +382,7 @@ def main(argv=None):
     p.add_argument("--mini-batch-size", type=int, default=2, help="rows a forward pass (paper, default: %(default)s)")
     p.add_argument("--grad-accum", type=int, default=2, help="mini-batches an update (paper, default: %(default)s)")
     p.add_argument("--ppo-epochs", type=int, default=4, help="(paper, default: %(default)s)")
+    p.add_argument("--lengths", choices=("full", "mixed"), default="full", help="mixed: answers end early, spread like real ones; no floor is counted then (default: %(default)s)")
     p.add_argument("--zero", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="steps of each method that count (default: %(default)s)")
     p.add_argument("--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (tools/bench_trl.py)")
@@ -396,14 +411,14 @@ def main(argv=None):
         data["growth"] = dict(command=words, points=points)
     else:
         rate = machine(a.shape, a.batch_size)
-        part = dict(command=words, rows=a.batch_size, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods if m != "trl"}, measured=side_by_side(a, a.methods, a.rounds))
-        data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (f", {a.world} ranks" if a.world > 1 else "")] = part
+        part = dict(command=words, rows=a.batch_size, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods if m != "trl" and a.lengths == "full"}, measured=side_by_side(a, a.methods, a.rounds))
+        data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (" at most" if a.lengths == "mixed" else "") + (f", {a.world} ranks" if a.world > 1 else "")] = part
     common.write_json(a.to, data)
     report(data, a.to[:-5] + ".md")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], sys.argv[3], sys.argv[4:])
+        child(*sys.argv[2:5], sys.argv[5:])
     else:
         main()
