@@ -233,7 +233,7 @@ def main(argv=None):
             T, responses = mask.shape[1], common.unpad(ids, mask)
 
         with clock("score"), torch.no_grad():
-            # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1
+            # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1; rows of like length together
             in_turn = common.by_length(torch.arange(args.batch_size), attn, opt_rows)
             minis, back = in_turn.split(args.mini_batch_size), in_turn.argsort()
             old_logp = torch.cat([policy(ids[m], attn[m], T, temperature=args.temperature) for m in minis])[back]

@@ -791,13 +791,16 @@ def test_bench():
     try:
         size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1", "--to", path("bench/b.json"))
         with contextlib.redirect_stdout(io.StringIO()):
-            bench.main([*size, "--methods", "ppo", "lora"]), bench.main([*size, "--decode"])
+            bench.main([*size, "--methods", "ppo", "lora"]), bench.main([*size, "--decode"]), bench.main([*size, "--methods", "dvpo", "--lengths", "mixed"])
+            bench.main([*size, "--attention", "--shape", "llama3-3b"])
     finally:
         os.chdir(HERE)
     data = json.load(open(path("bench/b.json")))
-    part, = data["steps"].values()
+    part, shorter = data["steps"].values()
     assert all(part["measured"][m]["tokens"] == 32 and part["predicted"][m]["step"] > 0 for m in ("ppo", "lora"))
+    assert shorter["measured"]["dvpo"]["tokens"] == bench.mixed(1, 4, 8).sum() < 32
     assert data["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
+    assert all(way["off"] < 1e-5 for way in data["attention"]["shapes"]["llama3-3b"]["ways"].values())
     assert "| lora |" in open(path("bench/b.md")).read()
 
 

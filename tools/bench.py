@@ -3,6 +3,7 @@
     python tools/bench.py                                     124M on a CPU: PPO, DVPO and DVPO --lora, taking turns step by step
     python tools/bench.py --lengths mixed                     answers that end where real ones do, not all at the last token
     python tools/bench.py --decode                            the rollout against transformers' generate, at tiny and at --shape
+    python tools/bench.py --attention --shape llama3-3b        one token's attention where several query heads share keys and values
     python tools/bench.py --growth                            seconds and bytes against rows, new tokens and parameters
     python tools/bench.py --shape llama3-3b --prompt 256 --new 1024 --methods dvpo     on a GPU
     python tools/bench.py --plan --prompt 256 --new 1024       what the formulas say of 3B and 8B models; runs nothing
@@ -274,6 +275,35 @@ def decode(a, shape):
     return dict(middle, ratio=middle["generate"] / middle["rollout"], floor=floor * a.new, greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new, rounds={k: v[1:] for k, v in seconds.items()})
 
 
+@torch.no_grad()
+def attention(a):
+    """One token's attention in one layer where n query heads share K and V, over the cache at its longest: seconds and bytes by how it is said.
+
+    All four compute the same. Decoding left-padded rows, or in a static cache, has a mask; and there torch has no fast kernel for shared heads.
+    """
+    _, _, _, config = weights(a.shape)
+    B, H, KV, L, device = a.batch_size, config.num_attention_heads, config.num_key_value_heads, a.prompt + a.new, "cuda" if CUDA else "cpu"
+    q, (k, v) = torch.randn(B, H, 1, config.hidden_size // H, device=device, dtype=DTYPE), torch.randn(2, B, KV, L, config.hidden_size // H, device=device, dtype=DTYPE)
+    mask, sdpa = torch.ones(B, 1, 1, L, dtype=torch.bool, device=device), torch.nn.functional.scaled_dot_product_attention
+    ways = {"K and V repeated (transformers until 5.17)": lambda: sdpa(q, k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1), mask),
+            "enable_gqa": lambda: sdpa(q, k, v, mask, enable_gqa=True),
+            "the group's queries as rows (transformers 5.23)": lambda: sdpa(q.view(B, KV, H // KV, -1), k, v, mask).view_as(q),
+            "enable_gqa, no mask": lambda: sdpa(q, k, v, enable_gqa=True)}
+    out = {}
+    for way, f in ways.items():
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        held, seconds = torch.cuda.memory_allocated() if CUDA else 0, []
+        for _ in range(20 + a.rounds):
+            common.Clock.wait()
+            begin = time.perf_counter()
+            f()
+            common.Clock.wait()
+            seconds.append(time.perf_counter() - begin)
+        out[way] = dict(seconds=statistics.median(seconds[3:]), off=(f() - ways["enable_gqa, no mask"]()).abs().max().item(), extra=torch.cuda.max_memory_allocated() - held if CUDA else None)
+    return dict(ways=out, rows=B, length=L, query_heads=H, heads=KV, floor=(k.nbytes + v.nbytes) / machine(a.shape, B)["bandwidth"])
+
+
 def plans(prompt, new):
     """What the stages would plan for the paper's batch, in bf16, without having the models: [{shape, method, ranks, zero, gradient_checkpointing, total bytes a rank}].
 
@@ -356,6 +386,11 @@ def report(data, path):
         out += table(("shape", "rows", "prompt", "new", "rollout s", "with --static-cache", "generate s", "generate / rollout", "bytes over bandwidth s", "greedy tokens equal"), [
             (shape, *(str(r[k]) for k in ("rows", "prompt", "new")), *(f"{r[k]:.3f}" for k in ("rollout", "static", "generate")), f"{r['ratio']:.2f}", f"{r['floor']:.3f}", f"{r['greedy_tokens_equal']:.4f}")
             for shape, r in data["decode"]["shapes"].items()])
+    if "attention" in data:
+        out += ["", "## One token's attention, one layer, several query heads to a key", "", f"`{data['attention']['command']}`"]
+        out += table(("shape", "rows", "cache", "query heads / heads", "how", "ms", "bytes over bandwidth ms", "extra MB", "largest difference"), [
+            (shape, str(r["rows"]), str(r["length"]), f"{r['query_heads']} / {r['heads']}", how, f"{x['seconds'] * 1e3:.3f}", f"{r['floor'] * 1e3:.3f}", "" if x["extra"] is None else f"{x['extra'] / MB:,.0f}", f"{x['off']:.0e}")
+            for shape, r in data["attention"]["shapes"].items() for how, x in r["ways"].items()])
     if "plans" in data:
         out += ["", "## Planned for real models, not measured", "", f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch 8, mini-batch 2; what is only held while models load left out."]
         out += table(("shape", "ranks", "ZeRO", "gradient checkpointing", *METHODS), [
@@ -388,6 +423,7 @@ def main(argv=None):
     p.add_argument("--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (tools/bench_trl.py)")
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
     p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
+    p.add_argument("--attention", action="store_true", help="one token's attention with shared heads, four ways (--shape llama3-3b or llama3-8b)")
     p.add_argument("--growth", action="store_true", help="a series of sizes around 14M, 4 rows, 64 new tokens")
     p.add_argument("--plan", action="store_true", help="what real models would hold by the formulas alone; nothing is run")
     p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json", help="(default: %(default)s)")
@@ -399,6 +435,10 @@ def main(argv=None):
         data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
     if a.decode:
         data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
+    elif a.attention:
+        if SHAPES[a.shape]["model_type"] != "llama":
+            common.die(f"--attention: each query head of {a.shape} has keys of its own; take --shape llama3-3b or llama3-8b")
+        data["attention"] = dict(command=words, shapes={a.shape: attention(a)})
     elif a.plan:
         os.makedirs("out/bench/plan", exist_ok=True)
         data["plans"] = dict(command=words, plans=plans(a.prompt, a.new))
