@@ -285,7 +285,7 @@ def attention(a):
     B, H, KV, L, device = a.batch_size, config.num_attention_heads, config.num_key_value_heads, a.prompt + a.new, "cuda" if CUDA else "cpu"
     q, (k, v) = torch.randn(B, H, 1, config.hidden_size // H, device=device, dtype=DTYPE), torch.randn(2, B, KV, L, config.hidden_size // H, device=device, dtype=DTYPE)
     mask, sdpa = torch.ones(B, 1, 1, L, dtype=torch.bool, device=device), torch.nn.functional.scaled_dot_product_attention
-    ways = {"K and V repeated (transformers until 5.17)": lambda: sdpa(q, k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1), mask),
+    ways = {"K and V repeated (transformers 5.17)": lambda: sdpa(q, k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1), mask),
             "enable_gqa": lambda: sdpa(q, k, v, mask, enable_gqa=True),
             "the group's queries as rows (transformers 5.23)": lambda: sdpa(q.view(B, KV, H // KV, -1), k, v, mask).view_as(q),
             "enable_gqa, no mask": lambda: sdpa(q, k, v, enable_gqa=True)}

@@ -86,15 +86,18 @@ def real_text():
 
 def cost():
     d = read("bench_cpu.json")
-    big = next(v["measured"] for k, v in d["steps"].items() if k.startswith("124M, 8 rows, 64 + 128"))
-    want = next(v["predicted"] for k, v in d["steps"].items() if k.startswith("124M, 8 rows, 64 + 128"))
+    big, want = (d["steps"]["124M, 8 rows, 64 + 128 tokens"][k] for k in ("measured", "predicted"))
     for name, method in ("PPO", "ppo"), ("DVPO", "dvpo"), ("DVPO `--lora`", "lora"):
         r, ppo = big[method], big["ppo"]
         ratios = [f"{r['sec_step'] / ppo['sec_step']:.3f}", f"{want[method]['step'] / want['ppo']['step']:.3f}"] if method != "ppo" else ["", ""]
         yield "| " + " | ".join([name, f"{r['sec_step']:.1f}", *ratios, f"{r['peak'] / 2**20:,.0f}", f"{r['peak'] / ppo['peak']:.3f}" if method != "ppo" else ""]) + " |"
-    small = next(v["measured"] for k, v in d["steps"].items() if "trl" in v["measured"])
-    share = lambda m, k: f"{small[m][k] / small['trl'][k]:.2f}"
-    yield f"our PPO takes {share('ppo', 'sec_step')} of its time and {share('ppo', 'peak')} of its memory, DVPO {share('dvpo', 'sec_step')} and {share('dvpo', 'peak')}"
+    for part, said in ("", "our PPO takes {} of its time and {} of its memory, DVPO {} and {}"), (" at most", "our PPO takes {} and {}, DVPO {} and {}"):
+        small = d["steps"]["14M, 16 rows, 32 + 64 tokens" + part]["measured"]
+        yield said.format(*(f"{small[m][k] / small['trl'][k]:.2f}" for m in ("ppo", "dvpo") for k in ("sec_step", "peak")))
+    mixed = d["steps"]["124M, 8 rows, 64 + 128 tokens at most"]["measured"]
+    yield f"DVPO {mixed['dvpo']['sec_step'] / mixed['ppo']['sec_step']:.3f} of PPO's, `--lora` {mixed['lora']['sec_step'] / mixed['ppo']['sec_step']:.3f}"
+    ways = [r["seconds"] for r in d["attention"]["shapes"]["llama3-3b"]["ways"].values()]
+    yield f"{ways[0] / ways[2]:.0f} times as long"
     off = [abs(r["planned"] / r["peak"] - 1) for p in d["growth"]["points"] for r in p["measured"].values()]
     yield f"the plan of memory is within {max(off):.0%} of the peak".replace("%", " %")
     shapes = d["decode"]["shapes"]
