@@ -396,7 +396,8 @@ CHUNK = 1024                                             # positions whose logit
 class TokenLogp(torch.autograd.Function):
     """log softmax(logits / temperature)[targets], fp32: (N, V), (N,) -> (N,).
 
-    The logits are the largest tensor of all. They are kept once for the backward pass, in their own dtype, and become their gradient in their own place.
+    The logits are the largest tensor of all. They are kept once for the backward pass, in their own dtype, and become their
+    gradient in their own place.
     """
 
     @staticmethod
@@ -480,10 +481,11 @@ class Decoder:
 
 
 class StaticDecoder(Decoder):
-    """--static-cache: the same, in memory that never moves, `new` tokens long from the start; so on CUDA the step is recorded once and then replayed as one graph.
+    """--static-cache: the same in memory that never moves, `new` tokens long from the start: CUDA can record the step and replay it as one graph.
 
-    Without a graph the host launches every kernel of every layer for every token, and the GPU waits for it (28 layers: 11.5 to 13 ms a token, gpt-fast).
-    It is recorded anew for each rollout, and nothing of it outlives the rollout, neither cache nor addresses of weights.
+    Without a graph the host launches every kernel of every layer for every token, and the GPU waits for it (28 layers: 11.5 to
+    13 ms a token, gpt-fast). It is recorded anew for each rollout, which costs two steps of a thousand, and nothing of it
+    outlives the rollout: neither the cache, which the update has better use for, nor addresses of weights.
     """
 
     side = None                                          # one CUDA stream for all graphs: cuBLAS keeps a workspace for each that it sees
@@ -615,8 +617,8 @@ def load_adapter(model, tok, folder, made_by):
 def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     """What a stage is going to hold, a line each, against what the device has; ends the run, with advice, where it cannot fit.
 
-    models {role: LM}; rows x length tokens, `sampled` of each row's under the log-softmax: its largest forward with a backward; decode: rows, tokens of
-    the KV cache. Also in OUT/memory.json. tools/bench.py sets it beside the measured peak.
+    models {role: LM}; rows x length tokens, `sampled` of each row's under the log-softmax: its largest forward with a backward;
+    decode: rows, tokens of the KV cache. Also in OUT/memory.json. tools/bench.py sets it beside the measured peak.
     """
     n, cuda, MB = world(), torch.cuda.is_available(), 2**20
     sizes = {role: sum(p.numel() * p.element_size() for p in m.parameters()) for role, m in models.items()}
@@ -632,9 +634,9 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     plan |= {f"{role}: a copy to decode with": size for role, size in list(sizes.items())[:1] if decode[0] and args.zero == 3}
     plan |= {f"{role}: gradients": count * element / shard(2) for role, count in trained.items() if count}
     plan |= {f"{role}: optimizer": 0 if args.offload and cuda else count * states for role, count in trained.items() if count}
-    # A backward pass begins with the logits, kept once in their own dtype (its forward has two fp32 copies, see TokenLogp), and the head's gradient: in several chunks, their
-    # sum, a new one and the new sum. On a CPU (fp32) the heap gives back little of what is freed: three quarters of the activations once more (measured), and a
-    # tied head's gradient still there beside the embedding's.
+    # A backward pass begins with the logits, kept once in their own dtype (its forward has two fp32 copies, see TokenLogp), and the
+    # head's gradient: in several chunks, their sum, a new one and the new sum. On a CPU (fp32) the heap gives back little of what is
+    # freed: three quarters of the activations once more (measured), and a tied head's gradient still there beside the embedding's.
     largest = element * max(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad)
     logits = max(chunk * vocab * (8 if element == 4 else 8 + element), chunk * vocab * element + largest * (3 if rows * sampled > CHUNK else 1 if element == 2 else 2))
     passing = {f"activations of {rows} x {length} tokens": rows * length * max(p["activation"] for p in probes.values()) * (1 if element == 2 else 1.75) + logits,
@@ -876,9 +878,10 @@ def behind_tau(tok, tau, prompt, room, tau_length):
 class Rows:
     """A .jsonl or .jsonl.gz file as a sequence of dicts, read by line offsets: only the offsets live in memory.
 
-    kinds: sets of keys, of which the first line shows one; every row must have them. All lines are looked at before anything else happens: a broken one ends
-    the run and is named; an empty prompt, and a pair of equals, is left out and counted; an empty answer is kept: it teaches to end at once. each(row, its keys): called for every row kept.
-    A .gz is unpacked into an unnamed temporary file first: seeking in a compressed file would unpack it from the start each time.
+    kinds: sets of keys, of which the first line shows one; every row must have them. All lines are looked at before anything else
+    happens: a broken one ends the run and is named; an empty prompt, and a pair of equals, is left out and counted; an empty answer
+    is kept: it teaches to end at once. each(row, its keys): called for every row kept. A .gz is unpacked into an unnamed temporary
+    file first: seeking in a compressed file would unpack it from the start each time.
     """
 
     def __init__(self, path, *kinds, each=None):
@@ -1188,7 +1191,8 @@ class Checkpoints:
         return sum(engine.skipped_steps for engine in self.engines.values())
 
     def updates_left_out(self, step):
-        """With ZeRO or in bf16 DeepSpeed leaves out, without a word, an update whose gradient is not finite: say it, and end the run after three steps of it in a row."""
+        """With ZeRO or in bf16 DeepSpeed leaves out, without a word, an update whose gradient is not finite: say it, and end the run
+        after three steps of it in a row."""
         skipped, before, self.skipped = self.count_skipped(), self.skipped, self.count_skipped()
         self.left_out = self.left_out + 1 if skipped > before else 0
         if self.left_out and rank() == 0:
