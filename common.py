@@ -199,6 +199,7 @@ def start(args):
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)      # it plans anew for every shape it meets, and here lengths change all the time
     if not dist.is_initialized():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves; this op would be compiled at the first start
         try:
@@ -352,15 +353,21 @@ class LM(nn.Module):
         nn.init.zeros_(self.heads[name].weight)
         nn.init.zeros_(self.heads[name].bias)
 
-    def merged_state_dict(self, adapter=None):
-        """State dict of the plain transformers model, with one adapter merged into its weights."""
-        out = {}
-        for path, layer in self.lm.named_modules():
-            if isinstance(layer, LoRA):
-                w = layer.base.weight
-                out[path + ".weight"] = (w.float() + layer.delta(adapter)).to(w.dtype) if adapter else w
-        rest = {k.replace(".base.", "."): v for k, v in self.lm.state_dict().items() if not re.search(r"\.[AB]\.\w+\.weight$", k)}
-        return rest | out
+    def merged_state_dict(self, adapter=None, keep=True):
+        """State dict of the plain transformers model, on the CPU, with one adapter merged into its weights.
+
+        A weight at a time is whole on the GPU, so all ranks must enter; without `keep` a rank only takes part in that.
+        """
+        out, copies, layers = {}, {}, {f"{path}.base.weight": layer for path, layer in self.lm.named_modules() if isinstance(layer, LoRA)}
+        for key, p in self.lm.state_dict(keep_vars=True).items():
+            if re.search(r"\.[AB]\.\w+\.weight$", key):
+                continue
+            layer = layers.get(key) if adapter else None
+            with gathered([p, *((layer.A[adapter].weight, layer.B[adapter].weight) if layer else ())]), torch.no_grad():
+                if keep:
+                    w = p if layer is None else (p.float() + layer.delta(adapter)).to(p.dtype)
+                    out[key.replace(".base.", ".")] = copies.setdefault(id(p), w.detach().to("cpu", copy=hasattr(p, "ds_id")))     # tied weights stay one
+        return out
 
     def hidden(self, ids, attn, T, cache=None):
         """Last hidden states at the last prompt token and at each response token: (B, P+T) -> (B, T+1, D).
@@ -426,7 +433,7 @@ def token_logp(hidden, targets, lm_head, temperature=1.0):
     def part(h, y):
         return TokenLogp.apply(lm_head(h), y, temperature)
 
-    n = -(-len(targets) // CHUNK)
+    n = max(1, -(-len(targets) // CHUNK))
     if hasattr(lm_head.weight, "ds_id"):                 # ZeRO-3 gathers the head at each call: every rank makes equally many
         n = all_max(n)
     pieces = zip(hidden.tensor_split(n), targets.tensor_split(n))
@@ -749,8 +756,8 @@ def actor(model, args):
 def refresh(actor, model):
     """Bring the copy up to date: the only gather of a rollout."""
     if actor is not model:
-        with torch.no_grad(), gathered(model.parameters()):
-            for mine, theirs in zip(actor.parameters(), model.parameters()):
+        for mine, theirs in zip(actor.parameters(), model.parameters()):
+            with torch.no_grad(), gathered([theirs]):    # one at a time: the whole model is never there twice
                 mine.copy_(theirs)
 
 
@@ -995,6 +1002,12 @@ def batch_indices(n, size, step, seed):
 # Results: metrics.jsonl with a bar, and folders that are never half-written
 
 
+def token_mean(stats, key):
+    """Mean over tokens: stats [{key: mean of a micro-batch, n: its tokens}] -> scalar. Sorted by length, micro-batches are unequal."""
+    n = torch.stack([s["n"] for s in stats])
+    return (torch.stack([s[key] for s in stats]) * n).sum() / n.sum()
+
+
 def mean_over_ranks(metrics):
     """{name: number or scalar tensor} -> {name: float}, averaged over ranks; one transfer for all of them."""
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in metrics.values()])
@@ -1147,12 +1160,14 @@ def aside(folder):
 def save_model(model, tok, folder, adapter=None):
     """A plain transformers folder, adapter merged, which AutoModelForCausalLM loads; in its folder peft/ the adapter alone, for peft."""
     must_be_finite(model, f"the weights for {folder}")
-    with gathered(model.parameters()), disk(folder), aside(folder) as tmp:
-        if tmp:
-            model.lm.save_pretrained(tmp, state_dict={k: v.detach().cpu() for k, v in model.merged_state_dict(adapter).items()})
-            tok.save_pretrained(tmp)
-            if adapter:
-                save_peft(model, adapter, os.path.join(tmp, "peft"))
+    with disk(folder), aside(folder) as tmp:
+        state = model.merged_state_dict(adapter, keep=bool(tmp))
+        with gathered([p for k, p in model.named_parameters() if f".A.{adapter}." in k or f".B.{adapter}." in k]):
+            if tmp:
+                model.lm.save_pretrained(tmp, state_dict=state)
+                tok.save_pretrained(tmp)
+                if adapter:
+                    save_peft(model, adapter, os.path.join(tmp, "peft"))
     barrier()
 
 

@@ -262,7 +262,7 @@ def main(argv=None):
             stats, updates = [], 0
             for epoch in range(args.ppo_epochs):
                 order = in_turn if epoch == 0 else common.by_length(torch.randperm(args.batch_size), attn, opt_rows)
-                epoch_kl = []
+                done = len(stats)
                 for group in order.split(opt_rows):
                     n_tokens = common.all_sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
@@ -275,15 +275,14 @@ def main(argv=None):
                         v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
                         critic.backward(v_loss * share * args.grad_accum)
                         critic.step()
-                        stats.append(dict(stat, loss=loss.detach(), value_loss=v_loss.detach()))
-                        epoch_kl.append(stat["kl_step"])
+                        stats.append(dict(stat, loss=loss.detach(), value_loss=v_loss.detach(), n=mask[m].sum()))
                     updates += 1
-                if common.mean_over_ranks(dict(kl=torch.stack(epoch_kl).mean()))["kl"] > 1.5 * args.kl_stop:
+                if common.mean_over_ranks(dict(kl=common.token_mean(stats[done:], "kl_step")))["kl"] > 1.5 * args.kl_stop:
                     break
 
         # 6. log, save, adapt the KL coefficient
         gold = {"gold": np.mean([gold_reward(data[i]["prompt"], t) for i, t in zip(index, texts)])} if gold_reward else {}
-        mean = {k: torch.stack([s[k] for s in stats]).mean() for k in ("loss", "value_loss", "clip_frac", "kl_step")}
+        mean = {k: common.token_mean(stats, k) for k in ("loss", "value_loss", "clip_frac", "kl_step")}
         q_mean, q_std = common.masked_moments(values, mask)
         row = metrics.log(step, dict(ids=ids, attn=attn, mask=mask), **mean, **gold, **clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean,
                           q_std=q_std, v0=values[:, 0].mean(), score=score.mean(), adv_std=common.masked_moments(adv, mask)[1], ratio_first=stats[0]["ratio"], updates=updates,

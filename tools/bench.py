@@ -133,6 +133,8 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
     shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
     world, folder, files = make(shape, a.prompt), "out/bench/turns", {}
     os.makedirs(folder, exist_ok=True)
+    if CUDA:
+        torch.cuda.empty_cache()                                           # the stages need the room
 
     def turn(method, n):
         """Let `method` do its step number n, and wait for its row."""
@@ -267,7 +269,7 @@ def decode(a, shape):
                 f()
                 common.Clock.wait()
                 seconds[name].append(time.perf_counter() - begin)
-        args.temperature = 1e-5
+        args.temperature, _ = 1e-5, model.float()                          # in bf16 the two best are often equal
         greedy = model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:, a.prompt:]
         same = min((ours(static) == greedy).float().mean().item() for static in (False, True))
     middle = {k: statistics.median(v[1:]) for k, v in seconds.items()}
@@ -277,31 +279,33 @@ def decode(a, shape):
 
 @torch.no_grad()
 def attention(a):
-    """One token's attention in one layer where n query heads share K and V, over the cache at its longest: seconds and bytes by how it is said.
+    """One token's attention where n query heads share K and V, over the cache at its longest: seconds and bytes a layer, by how it is said.
 
-    All four compute the same. Decoding left-padded rows, or in a static cache, has a mask; and there torch has no fast kernel for shared heads.
+    All four compute the same. Decoding left-padded rows, or in a static cache, has a mask; and there torch has no fast kernel for shared heads. Every
+    layer has a cache of its own, so that none is found in a processor's cache; timed from the first to the last.
     """
     _, _, _, config = weights(a.shape)
     B, H, KV, L, device = a.batch_size, config.num_attention_heads, config.num_key_value_heads, a.prompt + a.new, "cuda" if CUDA else "cpu"
-    q, (k, v) = torch.randn(B, H, 1, config.hidden_size // H, device=device, dtype=DTYPE), torch.randn(2, B, KV, L, config.hidden_size // H, device=device, dtype=DTYPE)
+    q, *layers = (torch.randn(*shape, config.hidden_size // H, device=device, dtype=DTYPE) for shape in [(B, H, 1)] + config.num_hidden_layers * [(2, B, KV, L)])
     mask, sdpa = torch.ones(B, 1, 1, L, dtype=torch.bool, device=device), torch.nn.functional.scaled_dot_product_attention
-    ways = {"K and V repeated (transformers 5.17)": lambda: sdpa(q, k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1), mask),
-            "enable_gqa": lambda: sdpa(q, k, v, mask, enable_gqa=True),
-            "the group's queries as rows (transformers 5.23)": lambda: sdpa(q.view(B, KV, H // KV, -1), k, v, mask).view_as(q),
-            "enable_gqa, no mask": lambda: sdpa(q, k, v, enable_gqa=True)}
+    ways = {"K and V repeated (transformers 5.17)": lambda k, v: sdpa(q, k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1), mask),
+            "enable_gqa": lambda k, v: sdpa(q, k, v, mask, enable_gqa=True),
+            "the group's queries as rows (transformers 5.23)": lambda k, v: sdpa(q.view(B, KV, H // KV, -1), k, v, mask).view_as(q),
+            "enable_gqa, no mask": lambda k, v: sdpa(q, k, v, enable_gqa=True)}
     out = {}
     for way, f in ways.items():
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         held, seconds = torch.cuda.memory_allocated() if CUDA else 0, []
-        for _ in range(20 + a.rounds):
+        for _ in range(1 + a.rounds):
             common.Clock.wait()
             begin = time.perf_counter()
-            f()
+            for k, v in layers:
+                f(k, v)
             common.Clock.wait()
-            seconds.append(time.perf_counter() - begin)
-        out[way] = dict(seconds=statistics.median(seconds[3:]), off=(f() - ways["enable_gqa, no mask"]()).abs().max().item(), extra=torch.cuda.max_memory_allocated() - held if CUDA else None)
-    return dict(ways=out, rows=B, length=L, query_heads=H, heads=KV, floor=(k.nbytes + v.nbytes) / machine(a.shape, B)["bandwidth"])
+            seconds.append((time.perf_counter() - begin) / len(layers))
+        out[way] = dict(seconds=statistics.median(seconds[1:]), off=(f(k, v) - ways["enable_gqa, no mask"](k, v)).abs().max().item(), extra=torch.cuda.max_memory_allocated() - held if CUDA else None)
+    return dict(ways=out, rows=B, length=L, query_heads=H, heads=KV, floor=layers[0].nbytes / machine(a.shape, B)["bandwidth"])
 
 
 def plans(prompt, new):
@@ -418,7 +422,7 @@ def main(argv=None):
     p.add_argument("--grad-accum", type=int, default=2, help="mini-batches an update (paper, default: %(default)s)")
     p.add_argument("--ppo-epochs", type=int, default=4, help="(paper, default: %(default)s)")
     p.add_argument("--lengths", choices=("full", "mixed"), default="full", help="mixed: answers end early, spread like real ones; no floor is counted then (default: %(default)s)")
-    p.add_argument("--zero", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--zero", type=int, default=int(CUDA), help="(default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="steps of each method that count (default: %(default)s)")
     p.add_argument("--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (tools/bench_trl.py)")
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
@@ -434,7 +438,7 @@ def main(argv=None):
     if not a.plan or "machine" not in data:
         data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
     if a.decode:
-        data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape))})
+        data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape)) if a.prompt + a.new <= SHAPES[shape].get("n_positions", 8192)})
     elif a.attention:
         if SHAPES[a.shape]["model_type"] != "llama":
             common.die(f"--attention: each query head of {a.shape} has keys of its own; take --shape llama3-3b or llama3-8b")
