@@ -42,15 +42,18 @@ def toy():
     yield f"| SFT | | {spread([r['sft']['gold'] for r in rows])} | 0 |"
     for name in ("dvpo", "ppo"):
         yield f"| {name.upper()} | {spread([r[name]['final'] for r in rows])} | {spread([r[name]['heldout'] for r in rows])} | {np.mean([r[name]['kl'] for r in rows]):.2f} |"
-    yield f"PPO ends {d['mean']['ppo_final'] - d['mean']['dvpo_final']:.3f} higher ({d['mean']['ppo_heldout'] - d['mean']['dvpo_heldout']:.3f} on fresh answers)"
+    ends = lambda name: [r[name]["final"] for r in rows]
+    apart = lambda a, b: interval(np.subtract(ends(a), ends(b)), 3, "+")
+    yield f"PPO ends {interval(np.subtract(ends('ppo'), ends('dvpo')), 3)} higher"
+    before = [np.mean([r[name]["final"] for r in read("toy_before.json")["seeds"]]) for name in ("dvpo", "ppo", "dvpo_no_tau", "dvpo_no_tau_kl0.2")]
+    yield "ended at " + "{:.3f}, {:.3f}, {:.3f} and {:.3f}".format(*before)
+    last = read("last_update.json")
+    yield f"from {last['steps'][4]['kl']:.2f} to {last['fresh']['150']['kl']:.2f} nats, fresh answers {last['fresh']['150']['gold']:.3f}; a step later they are at {last['fresh']['151']['gold']:.3f}, two later at {last['fresh']['152']['gold']:.3f}"
     early = [x["dvpo"][0] / x["ppo"][0] for x in d["reach"]["0.8"]]
     yield f"at 80 % of the gain the ratio of steps is {interval(early)}"
-    bare = [r["dvpo_no_tau"]["heldout"] for r in rows]
-    yield (f"DVPO behind it ends at {np.mean(bare):.3f} on fresh answers at KL {np.mean([r['dvpo_no_tau']['kl'] for r in rows]):.2f}, a difference of "
-           f"{interval([x - r['dvpo']['heldout'] for x, r in zip(bare, rows)], 3, '+')}")
-    yield f"({interval([x - r['ppo']['heldout'] for x, r in zip(bare, rows)], 3, '+')} to PPO)"
-    near = [r["dvpo_no_tau_kl0.2"] for r in rows]
-    yield f"at {np.mean([x['heldout'] for x in near]):.3f} at KL {np.mean([x['kl'] for x in near]):.2f}, a difference of {interval([x['heldout'] - r['dvpo']['heldout'] for x, r in zip(near, rows)], 3, '+')}"
+    kl = lambda name: np.mean([r[name]["kl"] for r in rows])
+    yield f"DVPO behind it ends at {np.mean(ends('dvpo_no_tau')):.3f} at KL {kl('dvpo_no_tau'):.2f}, a difference of {apart('dvpo_no_tau', 'dvpo')} ({apart('dvpo_no_tau', 'ppo')} to PPO)"
+    yield f"at {np.mean(ends('dvpo_no_tau_kl0.2')):.3f} at KL {kl('dvpo_no_tau_kl0.2'):.2f}, a difference of {apart('dvpo_no_tau_kl0.2', 'dvpo')}"
     yield f"final reward in {interval([x['dvpo_no_tau_kl0.2'][0] / x['ppo'][0] for x in d['reach']['1.0']])} of PPO's steps"
     both = [x for x in d["reach"]["0.9"] if x["dvpo"] and x["ppo"]]
     steps, seconds = ([x["dvpo"][i] / x["ppo"][i] for x in both] for i in (0, 1))
