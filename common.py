@@ -1099,6 +1099,8 @@ class Metrics:
         """What looks wrong in the last `window` rows of a policy's training, a sentence each."""
         self.last = (self.last + [row])[-2 * window:]
         found, late, early = [], self.last[-window:], self.last[:window]
+        if "kl" in row and jumped(row["kl"], self.last[:-1]):
+            found.append("jumped: a single step of updates took the policy far from where it was; where the next steps do not bring it back, lower --lr")
         mean = lambda rows, k: sum(r[k] for r in rows) / len(rows)
         if "entropy" in row and len(late) == window:
             if mean(late, "entropy") < 0.02:
@@ -1117,6 +1119,11 @@ class Metrics:
         self.bar.close()
         if self.file:
             self.file.close()
+
+
+def jumped(kl, rows):
+    """Whether the KL is far beyond that of the last rows, by a factor of two and 2 nats: one step of updates has broken the policy (results/last_update.json)."""
+    return len(rows) > 0 and kl > 2 * np.mean([r["kl"] for r in rows[-5:]]) + 2
 
 
 class Clock:
@@ -1353,10 +1360,10 @@ def check_sums(folder):
 
 
 @torch.no_grad()
-def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, n=256):
+def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, before=(), n=256):
     """Roll out about n held-out prompts with the stage's own `rollout`: gold reward, KL to the reference, length, ended.
 
-    Prints and writes them to out/summary.json.
+    Prints and writes them to out/summary.json. before: rows of metrics.jsonl, the last of which the policy must not have left far behind.
     """
     sums, count = {}, -(-n // (args.batch_size * world()))
     policy.eval()
@@ -1372,6 +1379,8 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
             sums[k] = sums.get(k, 0.0) + v / count
     write_json(os.path.join(args.out, "summary.json"), dict(sums, rollouts=count * args.batch_size * world(), peak_bytes=peak_bytes()))
     if rank() == 0:
+        if jumped(sums["kl"], before):
+            print(f"warning: the last updates took the policy far from where it was (KL {before[-1]['kl']:.2f}, now {sums['kl']:.2f}); go on for a few steps: --resume --max-steps {args.max_steps + 5}", file=sys.stderr)
         print("fresh answers to --heldout: " + ", ".join(f"{k} {v:.3f}" for k, v in sums.items()) + f"; wrote {args.out}/model")
     return sums
 

@@ -210,7 +210,7 @@ def main(argv=None):
 
     common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
     common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, reward, args, device, adapter)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, reward, args, device, adapter, before=metrics.last)
 
 
 def draw_tau(buffer, pairs, rng):

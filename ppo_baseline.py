@@ -296,7 +296,7 @@ def main(argv=None):
 
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold_reward, args, device)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold_reward, args, device, before=metrics.last)
 
 
 if __name__ == "__main__":

@@ -1206,17 +1206,18 @@ def test_full_disk_keeps_the_last_checkpoint():
 
 
 def test_what_looks_wrong_is_said():
-    """Collapse, answers without an end, and a value that rises while the reward falls."""
+    """Collapse, answers without an end, a value that rises while the reward falls, a policy that leaps away."""
     os.makedirs(path("watch"), exist_ok=True)
     good = dict(entropy=1.0, ended=1.0, length=9.0, kl=1.0, q_mean=0.0, gold=0.5)
-    for change, word in (dict(), None), (dict(entropy=0.0), "collapsed"), (dict(ended=0.0), "endless"), (dict(length=1.0), "empty"), (dict(kl=99.0), "far away"), \
+    for change, word in (dict(), None), (dict(entropy=0.0), "collapsed"), (dict(ended=0.0), "endless"), (dict(length=1.0), "empty"), (dict(kl=99.0), "far away"), (dict(kl=9.0), ""), (dict(kl=3.9), None), \
             (dict(gold=0.3, q_mean=0.2), "fooled"), (dict(gold=0.3), None):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             metrics = common.Metrics(path("watch"), 25, "watch", ())
             for step in range(25):
                 metrics.log(step, **(good if step < 10 else good | change))
             metrics.close()
-        assert err.getvalue().count("warning: ") == (word is not None) and (word or "") in err.getvalue(), (change, err.getvalue())
+        assert err.getvalue().count("warning: ") == (word is not None) + (change.get("kl") == 99.0) and (word or "") in err.getvalue(), (change, err.getvalue())
+        assert ("from step 10 on: jumped" in err.getvalue()) == (change.get("kl", 0.0) > 4)
         with open(path("watch/metrics.jsonl")) as f:
             assert [json.loads(line).get("warnings", [""])[0].split(":")[0] for line in f][-1] == (word or "")
 
