@@ -50,6 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over each batch of rollouts (paper 4)")
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     p.add_argument("--critic-lr", type=float, default=d.critic_lr, help="learning rate of the critic (paper 2e-6)")
+    p.add_argument("--lr-decay", action="store_true", help="both lr go to 0 in a straight line: no step of updates breaks the policy then, see Results in README.md (paper: not given)")
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens; longer prompts lose their beginning")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a response at most (paper 1024)")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, in sampling and scoring alike")
@@ -259,6 +260,8 @@ def main(argv=None):
         # 5. update
         with clock("train"):
             policy.train(), critic.train()
+            if args.lr_decay:
+                common.set_lr(policy, args.lr * (1 - step / args.max_steps)), common.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
             stats, updates = [], 0
             for epoch in range(args.ppo_epochs):
                 order = in_turn if epoch == 0 else common.by_length(torch.randperm(args.batch_size), attn, opt_rows)

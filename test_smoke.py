@@ -1205,6 +1205,25 @@ def test_full_disk_keeps_the_last_checkpoint():
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
 
 
+def test_lr_decay():
+    """In a straight line to 0, in the optimizers themselves; four steps."""
+    world()
+    seen, set_lr = [], common.set_lr
+
+    def record(engine, lr):
+        set_lr(engine, lr)
+        seen.append(round(engine.optimizer.param_groups[-1]["lr"], 9))
+
+    common.set_lr = record
+    try:
+        for name, stage, argv in resume_cases("0")[2:]:
+            seen.clear()
+            run(stage, *argv, "--out", path("decay", name), "--lr", 4e-4, "--lr-decay", *(("--critic-lr", 8e-4) if stage is ppo_baseline else ()))
+            assert seen[-4 * (1 + (stage is ppo_baseline)):] == ([4e-4, 8e-4, 3e-4, 6e-4, 2e-4, 4e-4, 1e-4, 2e-4] if stage is ppo_baseline else [4e-4, 3e-4, 2e-4, 1e-4]), seen
+    finally:
+        common.set_lr = set_lr
+
+
 def test_what_looks_wrong_is_said():
     """Collapse, answers without an end, a value that rises while the reward falls, a policy that leaps away."""
     os.makedirs(path("watch"), exist_ok=True)
