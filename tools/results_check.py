@@ -49,6 +49,11 @@ def toy():
     yield "ended at " + "{:.3f}, {:.3f}, {:.3f} and {:.3f}".format(*before)
     last = read("last_update.json")
     yield f"from {last['steps'][4]['kl']:.2f} to {last['fresh']['150']['kl']:.2f} nats, fresh answers {last['fresh']['150']['gold']:.3f}; a step later they are at {last['fresh']['151']['gold']:.3f}, two later at {last['fresh']['152']['gold']:.3f}"
+    decay = read("lr_decay.json")["runs"]
+    spikes = [sum(r["spikes"] for runs in decay.values() for r in runs[k]) for k in ("constant", "decay")]
+    yield f"by a kl_step beyond 0.006 after the thirtieth, {spikes[0]} times in 15 runs at a constant lr, {spikes[1]} with it"
+    ended = lambda name: "{:.3f} and {:.3f}".format(*(np.mean([r[k] for r in decay[name]["decay"]]) for k in ("final", "heldout")))
+    yield f"DVPO without a tau then ends at {ended('dvpo_no_tau')} on fresh answers at KL {np.mean([r['kl'] for r in decay['dvpo_no_tau']['decay']]):.2f}, with one at {ended('dvpo')}, PPO at {ended('ppo')}"
     early = [x["dvpo"][0] / x["ppo"][0] for x in d["reach"]["0.8"]]
     yield f"at 80 % of the gain the ratio of steps is {interval(early)}"
     kl = lambda name: np.mean([r[name]["kl"] for r in rows])
