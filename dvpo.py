@@ -155,9 +155,9 @@ def main(argv=None):
         with clock("score"), torch.no_grad():
             # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1; rows of like length together
             in_turn = common.by_length(torch.arange(args.batch_size), attn, opt_rows)
-            minis, back = in_turn.split(args.mini_batch_size), in_turn.argsort()
-            old_logp = torch.cat([policy(ids[m], attn[m], T, adapter, temperature=args.temperature) for m in minis])[back]
-            ref_logp = torch.cat([trunk(ids[m], attn[m], T, None, temperature=args.temperature) for m in minis])[back]
+            each = lambda forward: torch.cat([forward(m) for m in in_turn.split(args.mini_batch_size)])[in_turn.argsort()]
+            old_logp = each(lambda m: policy(ids[m], attn[m], T, adapter, temperature=args.temperature))
+            ref_logp = each(lambda m: trunk(ids[m], attn[m], T, None, temperature=args.temperature))
 
             # 3. value, behind one tau for all rows (they share a policy), read once: some of the policy's own latest answers
             prefix = draw_tau(buffer or (prompts, responses), tau_pairs, np.random.default_rng([args.seed, step, common.rank()]))
@@ -165,7 +165,7 @@ def main(argv=None):
             behind = [common.behind(tok, prefix, p)[len(prefix):] for p in prompts]                            # bos comes once
             tau_ids, tau_attn, _ = common.frame(behind, responses, tok.pad_token_id, device)
             tau = common.read_prefix(trunk, prefix, "gvm", "gvm", device)
-            q = torch.cat([trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm", cache=tau(len(m))) for m in minis])[back]  # (B, T+1)
+            q = each(lambda m: trunk(tau_ids[m], tau_attn[m], T, "gvm", head="gvm", cache=tau(len(m))))  # (B, T+1)
             buffer = prompts, responses
             del tau                                                         # its cache
 

@@ -236,17 +236,17 @@ def main(argv=None):
         with clock("score"), torch.no_grad():
             # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1; rows of like length together
             in_turn = common.by_length(torch.arange(args.batch_size), attn, opt_rows)
-            minis, back = in_turn.split(args.mini_batch_size), in_turn.argsort()
-            old_logp = torch.cat([policy(ids[m], attn[m], T, temperature=args.temperature) for m in minis])[back]
-            ref_logp = torch.cat([trunk(ids[m], attn[m], T, temperature=args.temperature) for m in minis])[back]
+            each = lambda forward: torch.cat([forward(m) for m in in_turn.split(args.mini_batch_size)])[in_turn.argsort()]
+            old_logp = each(lambda m: policy(ids[m], attn[m], T, temperature=args.temperature))
+            ref_logp = each(lambda m: trunk(ids[m], attn[m], T, temperature=args.temperature))
 
             # 3. value of the critic before each token, and the reward of the whole response
-            values = torch.cat([critic(ids[m], attn[m], T, head="critic")[:, :-1] for m in minis])[back]       # (B, T)
+            values = each(lambda m: critic(ids[m], attn[m], T, head="critic")[:, :-1])       # (B, T)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
             if reward:
                 score = torch.tensor([float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts)], device=device)
             else:
-                score = (torch.cat([scores(trunk, ids[m], attn[m], mask[m]) for m in minis])[back] - meta["mean"]) / meta["std"]
+                score = (each(lambda m: scores(trunk, ids[m], attn[m], mask[m])) - meta["mean"]) / meta["std"]
 
         # 4. advantage
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)

@@ -119,7 +119,8 @@ def main(argv=None):
         # 1. batch
         rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
         ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), tok.pad_token_id, device)
-        ids, attn, mask = (x[common.by_length(torch.arange(args.batch_size), attn, args.batch_size)] for x in (ids, attn, mask))
+        order = common.by_length(torch.arange(args.batch_size), attn, args.batch_size)
+        ids, attn, mask = ids[order], attn[order], mask[order]
         n_tokens = common.all_sum(mask.sum())
 
         # 2. update

@@ -312,7 +312,8 @@ def main(argv=None):
         ids, attn, mask = common.frame(*encode(tok, rows, taus, args), tok.pad_token_id, device)
         reward = torch.tensor([r["reward"] for r in rows], device=device)
         if not args.batch_norm:                                            # which is over the rows of a micro-batch: they stay random
-            ids, attn, mask, reward = (x[common.by_length(torch.arange(args.batch_size), attn, args.batch_size)] for x in (ids, attn, mask, reward))
+            order = common.by_length(torch.arange(args.batch_size), attn, args.batch_size)
+            ids, attn, mask, reward = ids[order], attn[order], mask[order], reward[order]
         states = torch.nn.functional.pad(mask, (1, 0), value=True)         # (B, T+1): the last prompt token counts too
         n_states = common.all_sum(states.sum())
 
