@@ -222,11 +222,17 @@ def seed(args):
     torch.manual_seed(args.seed * 1000 + rank())
 
 
-def finish():
-    """Leave the process group together; without this one 2-rank run in eleven exits non-zero after its work is done."""
+def finish(code=0):
+    """End the process, all ranks together, and without Python's own shutdown; does not return.
+
+    DeepSpeed holds on to its process groups, so that gloo's threads outlive destroy_process_group. One of them that frees a tensor while Python shuts
+    down aborts the process (pytorch issue 190489): a 2-rank run whose work was all on disk was called failed by its launcher.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def rank():
@@ -1304,7 +1310,6 @@ class Checkpoints:
             if rank() == 0:
                 print(f"\nstopped after step {step}; go on with the same command and --resume", file=sys.stderr)
             finish()
-            raise SystemExit(0)
 
     @staticmethod
     def whole(path):
