@@ -961,6 +961,35 @@ def test_policy_gradient_of_the_theorem():
     close(got, torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]), 1e-4)
 
 
+def test_exact_values():
+    """tools/exact.py: the value of a text is the mean of the values one word later, each as likely as the policies that may be writing make it; it
+    starts and ends where it must; and dvpo.py learns from it."""
+    from tools import exact
+
+    tau = [("review the wine and the room .", "the wine was lovely . the room was not sad . <eos>".split())]
+    for before in [], tau:
+        for text in "", "well , the soup", "the soup was not", "the soup was very very", "the soup was rude . the wine", "the soup was kind . the staff was bright .":
+            words = text.split()
+            loglik, weight = exact.read(PROMPT, words)[0][-1] + sum(exact.read(p, w)[0][-1] for p, w in before), 0.0
+            posterior = np.exp(loglik - loglik.max()) / np.exp(loglik - loglik.max()).sum()
+            state, _ = toy.read(PROMPT, text)
+            said = [toy.next_words(state, p, toy.requested(PROMPT)) for p in toy.POLICIES.values()]
+            for word in set().union(*said):
+                p = sum(a * s.get(word, 0.0) for a, s in zip(posterior, said))
+                weight += p * exact.best_value(before, PROMPT, [*words, words[-1] if word == toy.STUTTER else word])[-1]
+            close(weight, exact.best_value(before, PROMPT, words)[-1], 1e-6)
+    close(exact.best_value([], PROMPT, [])[0], np.mean([toy.true_q(PROMPT, "", p) for p in toy.POLICIES]))
+    close(exact.best_value([], PROMPT, "the soup was kind . <eos>".split())[-1], 0.0)
+    rng = np.random.default_rng(0)
+    known = [(PROMPT, [*toy.sample(PROMPT, "expert", rng).split(), toy.EOS]) for _ in range(300)]
+    close(exact.best_value(known, PROMPT, ["the"])[-1], toy.true_q(PROMPT, "the", "expert"), 1e-3)
+    world()
+    done = script(sys.executable, "tools/exact.py", "--one", "dvpo", *RL, "--max-steps", "10", "--out", path("exact"))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in open(path("exact/metrics.jsonl"))]
+    assert rows[0]["ratio_first"] == 1.0 and rows[-1]["gold"] > rows[0]["gold"] + 0.2, rows
+
+
 def test_gelu_of_gpt2_is_fused():
     from transformers import GPT2LMHeadModel
 

@@ -64,12 +64,14 @@ def best_value(tau, prompt, words):
     return (weight * value).sum(1) / weight.sum(1)
 
 
-def spread(pairs, n=1000):
-    """Standard deviation of those values over the tokens of the training rows, which train_gvm.py leaves to dvpo.py as q_std."""
-    data, rng = train_gvm.Labelled(["data/toy/gvm.jsonl"]), np.random.default_rng(0)
-    split = lambda r: (r["prompt"], r["response"].split() + [toy.EOS])
-    rows = [(data[i], data.tau(data[i]["policy"], data[i]["prompt"], pairs, rng)) for i in range(n)]
-    return float(np.concatenate([best_value([split(r) for r in tau], *split(row))[1:] for row, tau in rows]).std())
+def spread(pairs, n=200):
+    """Standard deviation of those values over the tokens of n answers of every policy: what train_gvm.py leaves to dvpo.py as q_std."""
+    rng, values = np.random.default_rng(0), []
+    prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(toy.NOUNS, 2)]
+    for policy in toy.POLICIES:
+        said = [(p, toy.sample(p, policy, rng).split() + [toy.EOS]) for p in rng.choice(prompts, n)]
+        values += [best_value([said[i - k] for k in range(1, pairs + 1)], *row)[1:] for i, row in enumerate(said)]
+    return float(np.concatenate(values).std())
 
 
 class Exact(torch.nn.Module):
@@ -94,20 +96,21 @@ class Exact(torch.nn.Module):
         return q
 
 
-def rl(seed, name, out):
-    """One run of dvpo.py behind the exact values, in this process."""
-    (pairs, flags), sft = DVPO[name], f"out/seeds/{seed}/sft/model"
-    tok = common.load_tokenizer(sft)
+def rl(name, argv):
+    """One run of dvpo.py, flags argv, behind the exact values."""
+    pairs, flags = DVPO[name]
+    tok = common.load_tokenizer(dvpo.parse_args(argv).init_from)
     common.load_adapter = lambda *_, **__: dict(tau_pairs=pairs, max_length=256, tau_length=128, q_std=spread(pairs))
     common.frozen = lambda trunk, args: Exact(trunk, tok)
     common.read_prefix = lambda trunk, prefix, *_: lambda n: trunk.turns(prefix)
-    dvpo.main(["--seed", str(seed), "--init-from", sft, "--max-steps", str(STEPS), "--out", out, *flags])
+    dvpo.main([*argv, *flags])
 
 
 def runs(seed):
+    argv = ("--seed", seed, "--init-from", f"out/seeds/{seed}/sft/model", "--max-steps", STEPS)
     for name in DVPO:
-        stage("tools/exact.py", f"out/exact/{seed}/{name}", "--one", seed, name)
-    stage("ppo_baseline.py", f"out/exact/{seed}/ppo", "--seed", seed, "--init-from", f"out/seeds/{seed}/sft/model", "--reward", "data/toy.py:gold_reward", "--max-steps", STEPS)
+        stage("tools/exact.py", f"out/exact/{seed}/{name}", *argv, "--one", name)
+    stage("ppo_baseline.py", f"out/exact/{seed}/ppo", *argv, "--reward", "data/toy.py:gold_reward")
 
 
 def event(state, word, nouns):
@@ -166,12 +169,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
     p.add_argument("--report", action="store_true", help="run nothing")
-    p.add_argument("--one", nargs=2, metavar=("SEED", "RUN"), help="only this run of dvpo.py, into --out")
-    p.add_argument("--out", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    p.add_argument("--one", choices=DVPO, help="only this run of dvpo.py, whose other flags are dvpo.py's own")
+    args, rest = p.parse_known_args()
     if args.one:
-        rl(int(args.one[0]), args.one[1], args.out)
+        rl(args.one, rest)
         common.finish()
+    if rest:
+        p.error(f"{' '.join(rest)}: only with --one")
     if not args.report:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             list(pool.map(runs, args.seeds))
