@@ -77,6 +77,19 @@ def toy():
     yield f"its correlation with the exact Q is {np.mean([g['true_q']['correlation'] for g in bare]):.3f}; its pair accuracy, which rewards knowing the answer and not the author, is {np.mean([g['accuracy']['mean'] for g in bare]):.3f}"
 
 
+def exact():
+    d = read("exact.json")
+    ends = lambda name, key: [r[key] for r in d["runs"][name]["exact"]]
+    mean = lambda name, key: np.mean(ends(name, key))
+    yield f"DVPO ends at {mean('dvpo', 'final'):.3f} (fresh answers {mean('dvpo', 'heldout'):.3f}) at KL {mean('dvpo', 'kl'):.2f} with a tau and at {mean('dvpo_no_tau', 'final'):.3f} at KL {mean('dvpo_no_tau', 'kl'):.2f} without"
+    yield f"reward model at {mean('ppo', 'final'):.3f}, which is {interval(np.subtract(ends('dvpo', 'final'), ends('ppo', 'final')), 3)} below DVPO"
+    change = lambda name, word, i: abs(np.mean([seed[word][i] for seed in d["blunders"][name]]))
+    yield f"breaks costs {change('gvm', 'broken', 2):.2f}, the GVM behind the expert's tau takes off {change('gvm', 'broken', 1):.2f}, without a tau {change('gvm_no_tau', 'broken', 1):.2f}"
+    yield f"costs {change('gvm', 'wrong noun', 2):.2f}, and they take off {change('gvm', 'wrong noun', 1):.2f} and {change('gvm_no_tau', 'wrong noun', 1):.2f}"
+    yield f"{change('gvm', 'unkind', 1):.2f} of {change('gvm', 'unkind', 2):.2f}"
+    yield f"a correlation of {np.mean([r['gvm']['true_q']['correlation'] for r in read('toy.json')['seeds']]):.3f} hides"
+
+
 def real_text():
     d = read("real_text.json")
     runs = {(r["tau_pairs"], r["batch_norm"], r["td_lambda"], r["seed"]): r for r in d["runs"]}
@@ -160,7 +173,7 @@ def theorem():
     yield f"{halves[0]:.3f} for the gold reward and {halves[1]:.3f} for the GVM"
 
 
-CLAIMS = (demo, toy, real_text, cost, plans, soak, ablations, theorem)
+CLAIMS = (demo, toy, exact, real_text, cost, plans, soak, ablations, theorem)
 
 
 def main():
