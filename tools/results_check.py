@@ -82,9 +82,9 @@ def exact():
     ends = lambda name, key: [r[key] for r in d["runs"][name]["exact"]]
     mean = lambda name, key: np.mean(ends(name, key))
     yield f"DVPO ends at {mean('dvpo', 'final'):.3f} (fresh answers {mean('dvpo', 'heldout'):.3f}) at KL {mean('dvpo', 'kl'):.2f} with a tau and at {mean('dvpo_no_tau', 'final'):.3f} at KL {mean('dvpo_no_tau', 'kl'):.2f} without"
-    yield f"reward model at {mean('ppo', 'final'):.3f}, which is {interval(np.subtract(ends('dvpo', 'final'), ends('ppo', 'final')), 3)} below DVPO"
+    yield f"reward model at {mean('ppo', 'final'):.3f}, DVPO's lead {interval(np.subtract(ends('dvpo', 'final'), ends('ppo', 'final')), 3)}"
     change = lambda name, word, i: abs(np.mean([seed[word][i] for seed in d["blunders"][name]]))
-    yield f"breaks costs {change('gvm', 'broken', 2):.2f}, the GVM behind the expert's tau takes off {change('gvm', 'broken', 1):.2f}, without a tau {change('gvm_no_tau', 'broken', 1):.2f}"
+    yield f"breaks costs {change('gvm', 'broken', 2):.2f}; the GVM behind the expert's tau takes off {change('gvm', 'broken', 1):.2f}, without a tau {change('gvm_no_tau', 'broken', 1):.2f}"
     yield f"costs {change('gvm', 'wrong noun', 2):.2f}, and they take off {change('gvm', 'wrong noun', 1):.2f} and {change('gvm_no_tau', 'wrong noun', 1):.2f}"
     yield f"{change('gvm', 'unkind', 1):.2f} of {change('gvm', 'unkind', 2):.2f}"
     yield f"a correlation of {np.mean([r['gvm']['true_q']['correlation'] for r in read('toy.json')['seeds']]):.3f} hides"
