@@ -1106,7 +1106,7 @@ class Metrics:
         self.last = (self.last + [row])[-2 * window:]
         found, late, early = [], self.last[-window:], self.last[:window]
         if "kl" in row and jumped(row["kl"], self.last[:-1]):
-            found.append("jumped: a single step of updates took the policy far from where it was; where the next steps do not bring it back, lower --lr or give --lr-decay")
+            found.append("jumped: a single step of updates took the policy far from where it was; where the next steps do not bring it back, lower --lr")
         mean = lambda rows, k: sum(r[k] for r in rows) / len(rows)
         if "entropy" in row and len(late) == window:
             if mean(late, "entropy") < 0.02:

@@ -28,6 +28,7 @@ Deviations from the paper
     python dvpo.py --model llama3-3b --lora                     one GPU
     deepspeed --num_gpus 8 dvpo.py --model llama3-3b            eight
 """
+import argparse
 import os
 
 import numpy as np
@@ -50,7 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per optimizer step (paper 2)")
     p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over each batch of rollouts (paper 4)")
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
-    p.add_argument("--lr-decay", action="store_true", help="lr goes to 0 in a straight line: no step of updates breaks the policy then, see Results in README.md (paper: not given)")
+    p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True, help="lr goes to 0 in a straight line, so that the last updates cannot break the policy, see Results in README.md (paper: not given)")
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens; longer prompts lose their beginning")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a response at most (paper 1024)")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, in sampling and scoring alike")

@@ -1237,7 +1237,7 @@ def test_full_disk_keeps_the_last_checkpoint():
 
 
 def test_lr_decay():
-    """In a straight line to 0, in the optimizers themselves; four steps."""
+    """In a straight line to 0, in the optimizers themselves, unless --no-lr-decay; four steps."""
     world()
     seen, set_lr = [], common.set_lr
 
@@ -1249,8 +1249,11 @@ def test_lr_decay():
     try:
         for name, stage, argv in resume_cases("0")[2:]:
             seen.clear()
-            run(stage, *argv, "--out", path("decay", name), "--lr", 4e-4, "--lr-decay", *(("--critic-lr", 8e-4) if stage is ppo_baseline else ()))
+            run(stage, *argv, "--out", path("decay", name), "--lr", 4e-4, *(("--critic-lr", 8e-4) if stage is ppo_baseline else ()))
             assert seen[-4 * (1 + (stage is ppo_baseline)):] == ([4e-4, 8e-4, 3e-4, 6e-4, 2e-4, 4e-4, 1e-4, 2e-4] if stage is ppo_baseline else [4e-4, 3e-4, 2e-4, 1e-4]), seen
+        seen.clear()
+        run(stage, *argv, "--out", path("decay", name), "--lr", 4e-4, "--no-lr-decay")
+        assert not seen, seen
     finally:
         common.set_lr = set_lr
 
