@@ -11,6 +11,7 @@ from `ids != pad`.
 """
 import argparse
 import array
+import atexit
 import contextlib
 import copy
 import functools
@@ -223,7 +224,7 @@ def seed(args):
 
 
 def finish(code=0):
-    """End the process, all ranks together, and without Python's own shutdown; does not return.
+    """End the process, all ranks together, and without more of Python's own shutdown than atexit (wandb's, say); does not return.
 
     DeepSpeed holds on to its process groups, so that gloo's threads outlive destroy_process_group. One of them that frees a tensor while Python shuts
     down aborts the process (pytorch issue 190489): a 2-rank run whose work was all on disk was called failed by its launcher.
@@ -231,6 +232,7 @@ def finish(code=0):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    atexit._run_exitfuncs()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 

@@ -1310,17 +1310,18 @@ def script(*argv, env=None, timeout=300):
 def test_a_thread_cannot_fail_a_finished_run():
     """Threads in torch at the end abort Python's own shutdown (without finish: 6 of 6 times), as gloo's can."""
     code = """if True:
-        import threading, time, torch, common
+        import atexit, threading, time, torch, common
         def work(x=torch.randn(100)):
             while True:
                 x + x
         for _ in range(2):
             threading.Thread(target=work, daemon=True).start()
         time.sleep(0.2)
+        atexit.register(print, "closed")
         print("done")
         common.finish()"""
     done = script(sys.executable, "-c", code)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "done\nclosed\n"), done.stderr
 
 
 def test_missing_input_is_one_line():
