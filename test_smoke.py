@@ -984,8 +984,9 @@ def test_exact_values():
     known = [(PROMPT, [*toy.sample(PROMPT, "expert", rng).split(), toy.EOS]) for _ in range(300)]
     close(exact.best_value(known, PROMPT, ["the"])[-1], toy.true_q(PROMPT, "the", "expert"), 1e-3)
     world()
-    done = script(sys.executable, "tools/exact.py", "--one", "dvpo", *RL, "--max-steps", "10", "--out", path("exact"))
+    done = script(sys.executable, "tools/exact.py", "--one", "dvpo", *RL, "--max-steps", "10", "--seed", "7", "--out", path("exact"))
     assert done.returncode == 0, done.stderr
+    assert json.load(open(path("exact/run.json")))["seed"] == 7                     # no flag of dvpo.py's is taken for one of the tool's
     rows = [json.loads(line) for line in open(path("exact/metrics.jsonl"))]
     assert rows[0]["ratio_first"] == 1.0 and rows[-1]["gold"] > rows[0]["gold"] + 0.2, rows
 

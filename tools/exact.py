@@ -166,7 +166,7 @@ def report(seeds):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)      # --seed is dvpo.py's
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
     p.add_argument("--report", action="store_true", help="run nothing")
     p.add_argument("--one", choices=DVPO, help="only this run of dvpo.py, whose other flags are dvpo.py's own")
