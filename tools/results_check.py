@@ -40,41 +40,44 @@ def toy():
     rows = d["seeds"]
     yield f"{len(rows)} seeds that no setting was chosen on, {rows[0]['dvpo']['steps']} steps"
     yield f"| SFT | | {spread([r['sft']['gold'] for r in rows])} | 0 |"
-    for name in ("dvpo", "ppo"):
-        yield f"| {name.upper()} | {spread([r[name]['final'] for r in rows])} | {spread([r[name]['heldout'] for r in rows])} | {np.mean([r[name]['kl'] for r in rows]):.2f} |"
-    ends = lambda name: [r[name]["final"] for r in rows]
-    apart = lambda a, b: interval(np.subtract(ends(a), ends(b)), 3, "+")
-    yield f"PPO ends {interval(np.subtract(ends('ppo'), ends('dvpo')), 3)} higher"
-    before = [np.mean([r[name]["final"] for r in read("toy_before.json")["seeds"]]) for name in ("dvpo", "ppo", "dvpo_no_tau", "dvpo_no_tau_kl0.2")]
-    yield "ended at " + "{:.3f}, {:.3f}, {:.3f} and {:.3f}".format(*before)
-    last = read("last_update.json")
-    yield f"from {last['steps'][4]['kl']:.2f} to {last['fresh']['150']['kl']:.2f} nats, fresh answers {last['fresh']['150']['gold']:.3f}; a step later they are at {last['fresh']['151']['gold']:.3f}, two later at {last['fresh']['152']['gold']:.3f}"
-    decay = read("lr_decay.json")["runs"]
-    spikes = [sum(r["spikes"] for runs in decay.values() for r in runs[k]) for k in ("constant", "decay")]
-    yield f"by a kl_step beyond 0.006 after the thirtieth, {spikes[0]} times in 15 runs at a constant lr, {spikes[1]} with it"
-    ended = lambda name: "{:.3f} and {:.3f}".format(*(np.mean([r[k] for r in decay[name]["decay"]]) for k in ("final", "heldout")))
-    yield f"DVPO without a tau then ends at {ended('dvpo_no_tau')} on fresh answers at KL {np.mean([r['kl'] for r in decay['dvpo_no_tau']['decay']]):.2f}, with one at {ended('dvpo')}, PPO at {ended('ppo')}"
-    early = [x["dvpo"][0] / x["ppo"][0] for x in d["reach"]["0.8"]]
-    yield f"at 80 % of the gain the ratio of steps is {interval(early)}"
-    kl = lambda name: np.mean([r[name]["kl"] for r in rows])
-    yield f"DVPO behind it ends at {np.mean(ends('dvpo_no_tau')):.3f} at KL {kl('dvpo_no_tau'):.2f}, a difference of {apart('dvpo_no_tau', 'dvpo')} ({apart('dvpo_no_tau', 'ppo')} to PPO)"
-    yield f"at {np.mean(ends('dvpo_no_tau_kl0.2')):.3f} at KL {kl('dvpo_no_tau_kl0.2'):.2f}, a difference of {apart('dvpo_no_tau_kl0.2', 'dvpo')}"
-    yield f"final reward in {interval([x['dvpo_no_tau_kl0.2'][0] / x['ppo'][0] for x in d['reach']['1.0']])} of PPO's steps"
-    both = [x for x in d["reach"]["0.9"] if x["dvpo"] and x["ppo"]]
-    steps, seconds = ([x["dvpo"][i] / x["ppo"][i] for x in both] for i in (0, 1))
-    yield f"DVPO takes {interval(steps)} times PPO's steps and {interval(seconds)} of its seconds"
-    yield f"it reaches in {sum(x['dvpo'] is not None for x in d['reach']['1.0'])} of {len(rows)} seeds"
+    ends = lambda name, key="final": [r[name][key] for r in rows]
+    for name, said in ("dvpo", "DVPO"), ("dvpo_no_tau", "DVPO, GVM without a tau"), ("ppo", "PPO"):
+        yield f"| {said} | {spread(ends(name))} | {spread(ends(name, 'heldout'))} | {np.mean(ends(name, 'kl')):.2f} |"
+    apart = lambda a, b, sign="+": interval(np.subtract(ends(a), ends(b)), 3, sign)
+    yield f"PPO ends {apart('ppo', 'dvpo', '')} above DVPO"
+    reach = lambda share, name, i: interval([x[name][i] / x["ppo"][i] for x in d["reach"][share] if x[name] and x["ppo"]])
+    yield f"To 80 % of PPO's gain DVPO takes {reach('0.8', 'dvpo', 0)} times PPO's steps and {reach('0.8', 'dvpo', 1)} of its seconds"
+    yield f"it reaches in {sum(x['dvpo'] is not None for x in d['reach']['1.0'])} of {len(rows)} seeds, in {reach('1.0', 'dvpo', 0)} times the steps"
     default, best = {}, {}
     for stage in ("dvpo", "ppo_baseline"):
         cells = [c for c in d["tuning"] if c["stage"] == stage]
         default[stage], best[stage] = next(c["final"] for c in cells if (c["lr"], c["kl_coef"]) == (3e-4, 0.1)), max(c["final"] for c in cells)
     yield f"DVPO has {default['dvpo']:.3f} at the default and {best['dvpo']:.3f} at best, PPO {default['ppo_baseline']:.3f} and {best['ppo_baseline']:.3f}"
+    draws = [read(name)["seeds"] for name in ("toy_before.json", "toy_constant_lr.json")]
+    twice = lambda name: " and ".join(f"{np.mean([r[name]['final'] for r in draw]):.3f}" for draw in draws)
+    yield f"the same seeds ended at {twice('dvpo')}, PPO at {twice('ppo')}, DVPO without a tau at {twice('dvpo_no_tau')}"
     gvm = [r["gvm"] for r in rows]
     yield f"pair accuracy of the mean token value {spread([g['accuracy']['mean'] for g in gvm])[:-1]}; the exact values themselves score {ceiling['accuracy']['mean']:.3f}"
     yield f"correlation with the exact Q {spread([g['true_q']['correlation'] for g in gvm])}"
     yield f"in the right order in {sum(g['v0_ranks_all_policies'] for g in gvm)} of {len(gvm)} seeds"
     bare = [r["gvm_no_tau"] for r in rows]
     yield f"its correlation with the exact Q is {np.mean([g['true_q']['correlation'] for g in bare]):.3f}; its pair accuracy, which rewards knowing the answer and not the author, is {np.mean([g['accuracy']['mean'] for g in bare]):.3f}"
+    yield (f"DVPO behind it ends {apart('dvpo_no_tau', 'dvpo')} higher, {apart('dvpo_no_tau', 'ppo')} above PPO, and comes to 80 % of PPO's gain in {reach('0.8', 'dvpo_no_tau', 0)} of PPO's steps, "
+           f"to its whole final reward in {reach('1.0', 'dvpo_no_tau', 0)} of its steps and {reach('1.0', 'dvpo_no_tau', 1)} of its seconds")
+    near = "dvpo_no_tau_kl0.2"
+    yield f"it ends at {np.mean(ends(near)):.3f} at KL {np.mean(ends(near, 'kl')):.2f} and needs {reach('0.8', near, 0)} and {reach('1.0', near, 0)} of the steps"
+
+
+def last_update():
+    last, decay = read("last_update.json"), read("lr_decay.json")
+    fresh = lambda step: f"{last['fresh'][step]['gold']:.3f}"
+    yield f"from {last['steps'][4]['kl']:.2f} to {last['fresh']['150']['kl']:.2f} nats, fresh answers {fresh('150')}; a step later they are at {fresh('151')}, two later at {fresh('152')}"
+    leaps = lambda runs, kind: sum(r["spikes"] for kinds in runs.values() for r in kinds[kind])
+    runs, unseen = decay["runs"], decay["unseen"]["runs"]
+    yield f"by a kl_step beyond 0.006 after the thirtieth, are {leaps(runs, 'decay')} in {3 * len(decay['seeds'])} runs, {leaps(runs, 'constant')} at a constant lr"
+    yield f"{leaps(unseen, 'decay')} and {leaps(unseen, 'constant')} in {3 * len(decay['unseen']['seeds'])} runs"
+    change = lambda name: interval([a["final"] - b["final"] for a, b in zip(unseen[name]["decay"], unseen[name]["constant"])], 3, "+")
+    yield f"{change('dvpo')} for DVPO, {change('dvpo_no_tau')} without a tau, {change('ppo')} for PPO"
 
 
 def exact():
@@ -173,7 +176,7 @@ def theorem():
     yield f"{halves[0]:.3f} for the gold reward and {halves[1]:.3f} for the GVM"
 
 
-CLAIMS = (demo, toy, exact, real_text, cost, plans, soak, ablations, theorem)
+CLAIMS = (demo, toy, last_update, exact, real_text, cost, plans, soak, ablations, theorem)
 
 
 def main():
