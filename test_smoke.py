@@ -983,6 +983,16 @@ def test_exact_values():
     rng = np.random.default_rng(0)
     known = [(PROMPT, [*toy.sample(PROMPT, "expert", rng).split(), toy.EOS]) for _ in range(300)]
     close(exact.best_value(known, PROMPT, ["the"])[-1], toy.true_q(PROMPT, "the", "expert"), 1e-3)
+    tok, words = toy.tokenizer(), "the soup was rude . <eos>".split()                # the same through the model's place, behind a tau and a shorter row
+    trunk, ids = exact.Exact(None, tok), common.encode_prompt(tok, PROMPT)
+    prefix = common.behind_tau(tok, [(common.encode_prompt(tok, p), tok.convert_tokens_to_ids(w)) for p, w in tau], [], 99, 99)
+    q = trunk(*common.frame([ids, ids], [tok.convert_tokens_to_ids(words), [tok.eos_token_id]], tok.pad_token_id)[:2], len(words), head="gvm", cache=trunk.turns(prefix))
+    close(q, np.array([exact.best_value(tau, PROMPT, words), [*exact.best_value(tau, PROMPT, [toy.EOS]), *[0.0] * (len(words) - 1)]]))
+    state, events = toy.State(), []
+    for word in "the wine was very rude . the soup staff <eos>".split():
+        kind, state = exact.event(state, word, toy.requested(PROMPT))
+        events.append(kind)
+    assert events == [None, "wrong noun", None, None, "unkind", None, None, None, "broken", "early end"], events
     world()
     done = script(sys.executable, "tools/exact.py", "--one", "dvpo", *RL, "--max-steps", "10", "--seed", "7", "--out", path("exact"))
     assert done.returncode == 0, done.stderr
@@ -1250,12 +1260,13 @@ def test_lr_decay():
     common.set_lr = record
     try:
         for name, stage, argv in resume_cases("0")[2:]:
+            flags = (*argv, "--out", path("decay", name), "--lr", 4e-4, *(("--critic-lr", 8e-4) if stage is ppo_baseline else ()))
             seen.clear()
-            run(stage, *argv, "--out", path("decay", name), "--lr", 4e-4, *(("--critic-lr", 8e-4) if stage is ppo_baseline else ()))
+            run(stage, *flags)
             assert seen[-4 * (1 + (stage is ppo_baseline)):] == ([4e-4, 8e-4, 3e-4, 6e-4, 2e-4, 4e-4, 1e-4, 2e-4] if stage is ppo_baseline else [4e-4, 3e-4, 2e-4, 1e-4]), seen
-        seen.clear()
-        run(stage, *argv, "--out", path("decay", name), "--lr", 4e-4, "--no-lr-decay")
-        assert not seen, seen
+            seen.clear()
+            run(stage, *flags, "--no-lr-decay")
+            assert not seen, seen
     finally:
         common.set_lr = set_lr
 
@@ -1275,6 +1286,16 @@ def test_what_looks_wrong_is_said():
         assert ("from step 10 on: jumped" in err.getvalue()) == (change.get("kl", 0.0) > 4)
         with open(path("watch/metrics.jsonl")) as f:
             assert [json.loads(line).get("warnings", [""])[0].split(":")[0] for line in f][-1] == (word or "")
+
+    world()                                                   # and after the last update, which no step follows
+    jumped, common.jumped = common.jumped, lambda kl, rows: len(rows) == 4
+    try:
+        for name, stage, argv in resume_cases("0")[2:]:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+                stage.main([*argv, "--out", path("jumped", name)])
+            assert err.getvalue().count("warning: ") == err.getvalue().count("warning: the last updates took the policy far") == 1, err.getvalue()
+    finally:
+        common.jumped = jumped
 
 
 def test_sigterm_saves_and_ends_well():

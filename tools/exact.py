@@ -1,6 +1,6 @@
 """What is DVPO worth behind a value without error? The review world's exact values in the GVM's place, with a tau and without one.
 
-    python data/toy.py && python tools/seeds.py && python tools/exact.py         a quarter of an hour more on two cores
+    python data/toy.py && python tools/seeds.py && python tools/exact.py         ten minutes more on two cores
 
 The five behaviour policies are known, so the best that a GVM can learn from their rows is known: the mean of their exact values, each weighted by how
 likely that policy is to have written what was read so far. With a tau that includes tau, and two answers leave little doubt about their author;

@@ -90,6 +90,7 @@ def exact():
     yield f"breaks costs {change('gvm', 'broken', 2):.2f}; the GVM behind the expert's tau takes off {change('gvm', 'broken', 1):.2f}, without a tau {change('gvm_no_tau', 'broken', 1):.2f}"
     yield f"costs {change('gvm', 'wrong noun', 2):.2f}, and they take off {change('gvm', 'wrong noun', 1):.2f} and {change('gvm_no_tau', 'wrong noun', 1):.2f}"
     yield f"{change('gvm', 'unkind', 1):.2f} of {change('gvm', 'unkind', 2):.2f}"
+    yield f"come once in {4000 / np.mean([seed['broken'][0] + seed['wrong noun'][0] for seed in d['blunders']['gvm']]):.0f} of the expert's answers"
     yield f"a correlation of {np.mean([r['gvm']['true_q']['correlation'] for r in read('toy.json')['seeds']]):.3f} hides"
 
 
