@@ -1,21 +1,23 @@
-"""What DVPO replaces: RLHF with PPO, four models of which two are trained. Written line by line beside dvpo.py.
+"""What DVPO replaces: RLHF with PPO, four models of which two are trained. Line-aligned with dvpo.py.
 
 Reads   {prompt} rows                                   data/toy/prompts.jsonl
         the SFT model: first policy, reference, trunk   out/tiny/sft/model
         the reward model on that trunk                  out/tiny/rm/model, trained first where there is none
 Writes  the policy, a transformers folder               out/tiny/ppo/model
 
-Reward model (Bradley-Terry): L = -log sigmoid(r(x, chosen) - r(x, rejected)), read at the last token. PPO: eq. (3) of arXiv
-2502.16944 v1 with
+Reward model (Bradley-Terry): L = -log sigmoid(r(x, chosen) - r(x, rejected)), read at the last token. PPO: eq. (3) of
+arXiv 2502.16944 v1 with
 
-    reward_t = - kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is the last token] r(x, y)
-    A = GAE(reward, V), gamma 1, lambda 0.95, whitened;   critic: 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2), G = A + V_old
+    reward_t = -kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is the last token] r(x, y)
+    A = GAE(reward, V), gamma 1, lambda 0.95, whitened;   G = A + V_old
+    critic: 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2)
 
-The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share one frozen trunk, as
-reference and GVM do in dvpo.py: PPO is given every saving that DVPO has but --lora. `diff dvpo.py ppo_baseline.py` is the method.
+The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share one frozen trunk,
+as reference and GVM do in dvpo.py: PPO has every saving that DVPO has but --lora.
 
-Choices the paper leaves open
-1. Rewards are the reward model's scores less their mean, in units of their standard deviation, over the last 100 batches of its training.
+Choices that the paper leaves open
+1. Rewards are the reward model's scores less their mean, divided by their standard deviation, both over the last 100
+   batches of its training.
 2. A response without <eos> pays --missing-eos-penalty.
 3. KL coefficient and early stop as in dvpo.py.
 
@@ -38,61 +40,71 @@ import common
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rm", "rl")
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on at the end")
-    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="the SFT model: first policy and reference")
-    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model; trained here first if it is not there")
-    p.add_argument("--reward", default=None, help="FILE.py:function(prompt, response) -> float, trained on in place of the reward model")
-    p.add_argument("--gold", default=d.reward, help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
+    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
+    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model; trained first if it is not there")
+    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of the reward model")
+    p.add_argument("--gold", default=d.reward,
+                   help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
     p.add_argument("--out", default=f"{d.out}/ppo", help="folder to write")
-    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper, figure 3: about 450 at 3B)")
+    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollouts (paper, fig. 3: about 450)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
-    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per forward and backward pass (paper 2)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per optimizer step (paper 2)")
-    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over each batch of rollouts (paper 4)")
+    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
+    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     p.add_argument("--critic-lr", type=float, default=d.critic_lr, help="learning rate of the critic (paper 2e-6)")
-    p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True, help="both lr go to 0 in a straight line, so that the last updates cannot break the policy, see Results in README.md (paper: not given)")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens; longer prompts lose their beginning")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a response at most (paper 1024)")
-    p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, in sampling and scoring alike")
-    p.add_argument("--static-cache", action="store_true", help="roll out with a KV cache of full length and, on CUDA, the step as one graph: for speed (not yet run on a GPU)")
+    p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
+                   help="linear decay to 0: the last update cannot break the policy (paper: not given)")
+    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length,
+                   help="tokens; longer prompts lose their beginning")
+    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
+    p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, always")
+    p.add_argument("--static-cache", action="store_true",
+                   help="roll out with a KV cache of full length and, on CUDA, one graph per step: for speed")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token")
     p.add_argument("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
-    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="taken off the reward of a response that never ends")
+    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3), and of the value clip (paper: not given)")
-    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="first coefficient of the KL penalty (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
-    p.add_argument("--kl-stop", type=float, default=0.1, help="inner epochs end once KL(old, new) per token passes 1.5 times this (paper 0.1)")
-    p.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="reward model: rows {prompt, chosen, rejected} to train on")
-    p.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="reward model: rows to measure on")
-    p.add_argument("--rm-lr", type=float, default=d.rm_lr, help="reward model: peak learning rate, linear decay (paper 2e-5)")
-    p.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="reward model: pairs per step and GPU (paper 4)")
-    p.add_argument("--rm-epochs", type=float, default=d.rm_epochs, help="reward model: passes over the pairs (paper 2)")
-    p.add_argument("--rm-max-steps", type=int, default=None, help="reward model: stop after so many steps, whatever --rm-epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="reward model: tokens of prompt + response")
-    p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="reward model: rank of the adapter (paper 8)")
-    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="reward model: the adapter is scaled by alpha / rank (paper 32)")
-    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="reward model: dropout before the adapter (paper 0.1)")
+    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
+    p.add_argument("--kl-target", type=float, default=d.kl_target,
+                   help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
+    p.add_argument("--kl-stop", type=float, default=0.1,
+                   help="inner epochs end once KL(old, new) per token exceeds 1.5 times this (paper 0.1)")
+    rm = p.add_argument_group("reward model")
+    rm.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows {prompt, chosen, rejected}")
+    rm.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
+    rm.add_argument("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate, linear decay (paper 2e-5)")
+    rm.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step and GPU (paper 4)")
+    rm.add_argument("--rm-epochs", type=float, default=d.rm_epochs, help="passes over the pairs (paper 2)")
+    rm.add_argument("--rm-max-steps", type=int, help="stop after so many steps, whatever --rm-epochs says")
+    rm.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
+    rm.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
+    rm.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="adapter scale is alpha / rank (paper 32)")
+    rm.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="before the adapter (paper 0.1)")
     return common.parse(p, argv)
 
 
 @torch.no_grad()
 def rollout(model, prompts, tok, args, device, adapter=None):
-    """One sampled response a prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
+    """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)      # (B, P)
-    decode = common.StaticDecoder(model, ids, attn, adapter, args.max_new_tokens) if args.static_cache else common.Decoder(model, ids, attn, adapter)
+    decode = common.Decoder(model, ids, attn, adapter)
+    if args.static_cache:
+        decode = common.StaticDecoder(decode, args.max_new_tokens)
     ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
     for t in range(args.max_new_tokens):
         cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # a sample; the host need not wait
+        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
         response.append(token.masked_fill(ended, tok.pad_token_id))
         mask.append(~ended)
         ended = ended | (token == tok.eos_token_id)
         if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
             break
         decode(token)
-    return *common.join(ids, attn, torch.stack(response, 1), torch.stack(mask, 1), tok.pad_token_id), ended
+    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
+    return *common.append_responses(ids, attn, response, mask, tok.pad_token_id), ended
 
 
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
@@ -101,22 +113,28 @@ def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
     kl_step estimates KL(old, new) per token by (r - 1) - log r, which is never negative.
     """
     log_ratio = (logp - old_logp).clamp(-20, 20)
-    ratio, n = log_ratio.exp(), mask.sum().clamp(min=1)
-    loss = -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
-    mean = lambda x: (x.detach() * mask).sum() / n
-    return (loss * mask).sum() / n, dict(clip_frac=mean(((ratio - 1).abs() > clip).float()), kl_step=mean(ratio - 1 - log_ratio), ratio=mean(ratio))
+    ratio = log_ratio.exp()
+
+    def mean(x):
+        return (x * mask).sum() / mask.sum().clamp(min=1)
+
+    loss = mean(-torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv))
+    with torch.no_grad():
+        clipped = ((ratio - 1).abs() > clip).float()
+        return loss, dict(clip_frac=mean(clipped), kl_step=mean(ratio - 1 - log_ratio), ratio=mean(ratio))
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (arXiv 1506.02438): (B, T) each -> advantage (B, T), returns (B, T), 0 outside the mask.
+    """Generalised advantage estimation (arXiv 1506.02438): (B, T) each -> advantage (B, T), returns (B, T).
 
-    values[t] = V(s_t), before a_t; the value after the last masked token is 0.
+    values[t] = V(s_t), before a_t; the value after the last masked token is 0. Both are 0 outside the mask.
     """
-    values, adv, ahead = values * mask, torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    values, adv, next_adv = values * mask, torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        after = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
-        ahead = (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * ahead) * mask[:, t]
-        adv[:, t] = ahead
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_adv = (delta + gamma * lam * next_adv) * mask[:, t]
+        adv[:, t] = next_adv
     return adv, (adv + values) * mask
 
 
@@ -132,15 +150,21 @@ def pairwise_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def scores(model, ids, attn, mask, name="rm"):
-    """The head at the last token of each response: (B,)."""
-    return model(ids, attn, mask.shape[1], name, head=name).gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+def last_value(values, mask):
+    """Values (B, T+1) -> those at the last token of each response, (B,)."""
+    return values.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+
+
+def scores(model, ids, attn, mask):
+    """The reward model's score of each response: (B,)."""
+    return last_value(model(ids, attn, mask.shape[1], "rm", head="rm"), mask)
 
 
 def train_reward_model(args, tok, device):
     """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
     keys = ["prompt", "chosen", "rejected"]
-    train, heldout = ConcatDataset([common.Rows(path, keys) for path in args.pairs]), common.Rows(args.pairs_heldout, keys)
+    train = ConcatDataset([common.Rows(path, keys) for path in args.pairs])
+    heldout = common.Rows(args.pairs_heldout, keys)
     rm = common.load_model(args.init_from, trainable=False)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")
@@ -160,13 +184,15 @@ def train_reward_model(args, tok, device):
     def forward(rows):
         """Scores of the chosen and the rejected response of each row, (B,), (B,)."""
         prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows]
-        responses = [common.encode_response(tok, r[side])[:args.max_length - len(p)] for side in ("chosen", "rejected") for r, p in zip(rows, prompts)]
+        responses = [common.encode_response(tok, r[side]) for side in ("chosen", "rejected") for r in rows]
+        responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts * 2, strict=True)]
         return scores(engine, *common.frame(prompts * 2, responses, tok.pad_token_id, device)).chunk(2)
 
     engine.train()
     seen = [x.to(device) for x in state.get("seen", [])]
     for step in range(first, steps):
-        chosen, rejected = forward([train[i] for i in common.batch_indices(len(train), batch, step, args.seed)])
+        index = common.batch_indices(len(train), batch, step, args.seed)
+        chosen, rejected = forward([train[i] for i in index])
         loss = pairwise_loss(chosen, rejected)
         common.set_lr(engine, args.rm_lr * (1 - step / steps))
         engine.backward(loss)
@@ -174,14 +200,17 @@ def train_reward_model(args, tok, device):
         seen = (seen + [torch.cat([chosen, rejected]).detach()])[-100:]
         metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
         checkpoints.save(step, seen=seen)
-    metrics.close()
+
     engine.eval()
     right = []
     with torch.no_grad():
         for step in range(-(-len(heldout) // batch)):
-            right.append(torch.sub(*forward([heldout[i] for i in common.batch_indices(len(heldout), batch, step, args.seed)])) > 0)
+            index = common.batch_indices(len(heldout), batch, step, args.seed)
+            chosen, rejected = forward([heldout[i] for i in index])
+            right.append(chosen > rejected)
     accuracy = common.mean_over_ranks(dict(accuracy=torch.cat(right).float().mean()))["accuracy"]
-    mean, std = common.masked_moments(torch.cat(seen), torch.ones_like(torch.cat(seen)))
+    seen = torch.cat(seen)
+    mean, std = common.masked_moments(seen, torch.ones_like(seen))
     common.save_adapter(rm, "rm", tok, args.rm, mean=mean.item(), std=std.item(), accuracy=accuracy, init_from=args.init_from)
     if common.rank() == 0:
         print(f"reward model: held-out pair accuracy {accuracy:.3f}; wrote {args.rm}")
@@ -189,9 +218,9 @@ def train_reward_model(args, tok, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_sizes(args)
     data, heldout = common.Rows(args.data, ["prompt"]), common.Rows(args.heldout, ["prompt"])
-    reward, gold_reward = common.load_function(args.reward), common.load_function(args.reward or args.gold)
+    reward = common.load_function(args.reward)
+    gold_reward = common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
 
@@ -199,16 +228,20 @@ def main(argv=None):
     if reward is None and not os.path.exists(args.rm):
         train_reward_model(args, tok, device)
     trunk = common.load_model(args.init_from, trainable=False)
-    common.check_context(trunk, args.max_prompt_length + args.max_new_tokens, "--max-prompt-length and --max-new-tokens")
-    meta = {} if reward else common.load_adapter(trunk, tok, args.rm, made_by=f"rm -r {args.rm}; python ppo_baseline.py --model {args.model}")
+    length = args.max_prompt_length + args.max_new_tokens
+    common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
+    if reward is None:
+        made_by = f"rm -r {args.rm}; python ppo_baseline.py --model {args.model}"
+        meta = common.load_adapter(trunk, tok, args.rm, made_by)
     model, critic_model = common.load_model(args.init_from), common.load_model(args.init_from)
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")
     if args.gradient_checkpointing:
-        model.checkpoint_blocks(), critic_model.checkpoint_blocks()
-    length = args.max_prompt_length + args.max_new_tokens
-    common.memory_plan({"policy": model, "critic": critic_model, "reference" if reward else "reference, reward model": trunk}, args,
-                       args.mini_batch_size, length, args.max_new_tokens, decode=(args.batch_size, length))
+        model.checkpoint_blocks()
+        critic_model.checkpoint_blocks()
+    models = {"policy": model, "critic": critic_model, "reference, reward model": trunk}
+    kv_cache = args.batch_size, length
+    common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
     critic = common.engine(critic_model, args, args.critic_lr, args.mini_batch_size, args.grad_accum)
@@ -219,7 +252,8 @@ def main(argv=None):
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, policy=policy, critic=critic)
     first, state = checkpoints.load()
-    metrics = common.Metrics(args.out, args.max_steps, "ppo", ("gold", "kl", "score", "ended", "length"), policy, first)
+    shown = "gold", "kl", "score", "ended", "length"
+    metrics = common.Metrics(args.out, args.max_steps, "ppo", shown, policy, first)
     kl_coef = state.get("kl_coef", args.kl_coef)
 
     for step in range(first, args.max_steps):
@@ -229,78 +263,89 @@ def main(argv=None):
 
         # 1. rollout
         with clock("generate"):
-            policy.eval(), critic.eval()
+            policy.eval()
+            critic.eval()
             common.refresh(actor, model)
             ids, attn, mask, ended = rollout(actor, prompts, tok, args, device)
             T, responses = mask.shape[1], common.unpad(ids, mask)
 
         with clock("score"), torch.no_grad():
-            # 2. log-probs, by the very forward that the update uses, so that the first ratio is exactly 1; rows of like length together
-            in_turn = common.by_length(torch.arange(args.batch_size), attn, opt_rows)
-            each = lambda forward: torch.cat([forward(m) for m in in_turn.split(args.mini_batch_size)])[in_turn.argsort()]
-            old_logp = each(lambda m: policy(ids[m], attn[m], T, temperature=args.temperature))
-            ref_logp = each(lambda m: trunk(ids[m], attn[m], T, temperature=args.temperature))
+            # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
+            order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
+            rows, temperature = (ids, attn, T, order, args.mini_batch_size), args.temperature
+            old_logp = common.forward_in_micro_batches(policy, *rows, temperature=temperature)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=temperature)       # (B, T)
 
             # 3. value of the critic before each token, and the reward of the whole response
-            values = each(lambda m: critic(ids[m], attn[m], T, head="critic")[:, :-1])       # (B, T)
+            values = common.forward_in_micro_batches(critic, *rows, head="critic")[:, :-1]          # (B, T)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
             if reward:
-                score = torch.tensor([float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts)], device=device)
+                score = [float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts, strict=True)]
+                score = torch.tensor(score, device=device)                                          # (B,)
             else:
-                score = (each(lambda m: scores(trunk, ids[m], attn[m], mask[m])) - meta["mean"]) / meta["std"]
+                at_end = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
+                score = (last_value(at_end, mask) - meta["mean"]) / meta["std"]
 
         # 4. advantage
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
-        rewards = -kl_coef * log_ratio_ref * mask                                                              # (B, T)
+        rewards = -kl_coef * log_ratio_ref * mask                                                   # (B, T)
         rewards[torch.arange(args.batch_size), mask.sum(1) - 1] += score - args.missing_eos_penalty * ~ended
         adv, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
         mean, std = common.masked_moments(adv, mask)
         adv = (adv - mean) / (std + 1e-8) * mask
-        kl = (log_ratio_ref * mask).sum(1).mean()                                                              # nats a response
+        kl = (log_ratio_ref * mask).sum(1).mean()                                         # nats per response
 
         # 5. update
         with clock("train"):
-            policy.train(), critic.train()
+            policy.train()
+            critic.train()
             if args.lr_decay:
-                common.set_lr(policy, args.lr * (1 - step / args.max_steps)), common.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
+                common.set_lr(policy, args.lr * (1 - step / args.max_steps))
+                common.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
             stats, updates = [], 0
             for epoch in range(args.ppo_epochs):
-                order = in_turn if epoch == 0 else common.by_length(torch.randperm(args.batch_size), attn, opt_rows)
+                if epoch > 0:
+                    order = common.sort_by_length(torch.randperm(args.batch_size), attn, opt_rows)
                 done = len(stats)
                 for group in order.split(opt_rows):
                     n_tokens = common.all_sum(mask[group].sum())
-                    for m in group.split(args.mini_batch_size):
+                    for m in group.split(args.mini_batch_size):             # rows of one mini-batch
                         logp = policy(ids[m], attn[m], T, temperature=args.temperature)
                         loss, stat = clipped_ppo_loss(logp, old_logp[m], adv[m], mask[m], args.clip)
-                        share = mask[m].sum() / n_tokens * common.world()       # a token mean over the whole optimizer batch
-                        policy.backward(loss * share * args.grad_accum)         # DeepSpeed divides by world and accumulation
+                        share = mask[m].sum() / n_tokens        # a token mean over the whole optimizer batch
+                        scale = common.world() * args.grad_accum                # DeepSpeed divides by both
+                        policy.backward(loss * share * scale)
                         policy.step()
                         v = critic(ids[m], attn[m], T, head="critic")[:, :-1]
                         v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
-                        critic.backward(v_loss * share * args.grad_accum)
+                        critic.backward(v_loss * share * scale)
                         critic.step()
-                        stats.append(dict(stat, loss=loss.detach(), value_loss=v_loss.detach(), n=mask[m].sum()))
+                        stat |= dict(loss=loss.detach(), value_loss=v_loss.detach())
+                        stats.append(dict(stat, n=mask[m].sum()))
                     updates += 1
-                if common.mean_over_ranks(dict(kl=common.token_mean(stats[done:], "kl_step")))["kl"] > 1.5 * args.kl_stop:
+                kl_step = common.token_mean(stats[done:], "kl_step")
+                if common.mean_over_ranks(dict(kl=kl_step))["kl"] > 1.5 * args.kl_stop:
                     break
 
         # 6. log, save, adapt the KL coefficient
-        gold = {"gold": np.mean([gold_reward(data[i]["prompt"], t) for i, t in zip(index, texts)])} if gold_reward else {}
-        mean = {k: common.token_mean(stats, k) for k in ("loss", "value_loss", "clip_frac", "kl_step")}
+        row = {key: common.token_mean(stats, key) for key in ("loss", "value_loss", "clip_frac", "kl_step")}
+        if gold_reward:
+            row["gold"] = np.mean([gold_reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         q_mean, q_std = common.masked_moments(values, mask)
-        row = metrics.log(step, dict(ids=ids, attn=attn, mask=mask), **mean, **gold, **clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean,
-                          q_std=q_std, v0=values[:, 0].mean(), score=score.mean(), adv_std=common.masked_moments(adv, mask)[1], ratio_first=stats[0]["ratio"], updates=updates,
-                          entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(), length=mask.sum(1).float().mean(),
-                          tokens=common.all_sum(mask.sum()))
+        adv_std = common.masked_moments(adv, mask)[1]
+        row |= dict(clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
+                    adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
+                    entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(),
+                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
+        row = metrics.log(step, **row)
         kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000
         if (step + 1) % args.save_every == 0:
             common.save_model(model, tok, os.path.join(args.out, "model"))
         checkpoints.save(step, kl_coef=kl_coef)
-    metrics.close()
 
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold_reward, args, device, before=metrics.last)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold_reward, args, device)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 Reads   {prompt, response} rows                    data/toy/sft.jsonl
 Writes  a transformers folder and metrics.jsonl    out/tiny/sft/model
 
-Objective: cross-entropy on the response tokens alone, <eos> included, a mean over the tokens of the whole batch. AdamW, cosine
-decay, 2 warm-up steps, batch 16, 3 epochs (paper, appendix A; equation numbers here and elsewhere are those of arXiv
-2502.16944 v1).
+Objective: cross-entropy on the response tokens alone, <eos> included, a mean over the tokens of the whole batch.
+AdamW, cosine decay, 2 warm-up steps, batch 16, 3 epochs (appendix A of arXiv 2502.16944 v1, the paper).
 
 Deviations from the paper
-1. It gives one batch size for 8 GPUs; here every batch size is per GPU, the only reading under which its batches of 4 and 8
-   can be split over 8 GPUs.
+1. It gives one batch size for 8 GPUs. Here every batch size is per GPU, the only reading under which its batches of
+   4 and 8 can be split over 8 GPUs.
 
     python sft.py                                               the embedded world on a CPU
     python sft.py --model llama3-3b                             one GPU
@@ -27,23 +26,25 @@ def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "sft")
     p.add_argument("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
     p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows {prompt, response} to measure on")
-    p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to sample answers to at the end, for --reward")
+    p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to sample from")
     p.add_argument("--init-from", default=d.id, help="transformers folder or hub id to start from")
     p.add_argument("--out", default=f"{d.out}/sft", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per optimizer step and GPU (paper 16)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes that a batch is split into, to save memory")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 16)")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per batch, to save memory")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
     p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="steps of linear warm-up (paper 2)")
-    p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response; prompts get one half at most, responses what is left")
+    p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
+    p.add_argument("--max-length", type=int, default=d.max_length,
+                   help="tokens of prompt (at most half of them) and response")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
-    p.add_argument("--reward", default=d.reward, help="FILE.py:function(prompt, response) -> float, scores samples at the end")
+    p.add_argument("--reward", default=d.reward,
+                   help="FILE.py:function(prompt, response) -> float, scores samples at the end")
     return common.parse(p, argv)
 
 
 def sft_loss(logp, mask, n_tokens):
-    """Cross-entropy, (B, T) -> scalar: the sum over this micro-batch over the token count of the whole batch."""
+    """Cross-entropy, (B, T) -> scalar: the sum over this micro-batch by the token count of the whole batch."""
     return -(logp * mask).sum() / n_tokens
 
 
@@ -55,8 +56,10 @@ def cosine(step, steps, warmup):
 
 
 def encode(tok, rows, max_length):
-    prompts = [common.encode_prompt(tok, r["prompt"])[-(max_length // 2):] for r in rows]
-    return prompts, [common.encode_response(tok, r["response"])[:max_length - len(p)] for p, r in zip(prompts, rows)]
+    """Rows -> lists of prompt ids and response ids, cut to max_length together."""
+    prompts = [common.encode_prompt(tok, row["prompt"])[-(max_length // 2):] for row in rows]
+    responses = [common.encode_response(tok, row["response"]) for row in rows]
+    return prompts, [r[:max_length - len(p)] for p, r in zip(prompts, responses, strict=True)]
 
 
 @torch.no_grad()
@@ -65,9 +68,10 @@ def heldout_loss(policy, tok, rows, args, device):
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
     step = args.batch_size * common.world()
     for i in range(0, len(rows), step):
-        mine = range(i + common.rank(), i + step, common.world())     # every rank, equally many forwards; what lies beyond the end counts 0
-        ids, attn, mask = common.frame(*encode(tok, [rows[j % len(rows)] for j in mine], args.max_length), tok.pad_token_id, device)
-        mask = mask & torch.tensor([j < len(rows) for j in mine], device=device)[:, None]
+        index = range(i + common.rank(), i + step, common.world())             # as many forwards on every rank
+        encoded = encode(tok, [rows[j % len(rows)] for j in index], args.max_length)
+        ids, attn, mask = common.frame(*encoded, tok.pad_token_id, device)
+        mask = mask & torch.tensor([j < len(rows) for j in index], device=device)[:, None]     # count no row twice
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
     return (common.all_sum(total) / common.all_sum(count).clamp(min=1)).item()
@@ -78,22 +82,24 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
     """Mean reward of about n sampled answers to the held-out prompts, this rank's share."""
     from transformers import GenerationConfig
 
-    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=args.max_new_tokens,      # the bare distribution,
-                             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)                     # whatever the model's own config says
-    scores, own = [], actor.lm.generation_config
-    actor.lm.generation_config = plain                          # generate() would fill every gap in `plain` from the model's own
-    for i in range(-(-n // (args.batch_size * common.world()))):
-        prompts = [rows[(i * args.batch_size * common.world() + j * common.world() + common.rank()) % len(rows)]["prompt"] for j in range(args.batch_size)]
-        ids, attn, _ = common.frame([common.encode_prompt(tok, p) for p in prompts], [[] for _ in prompts], tok.pad_token_id, device)
-        said = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
-        scores += [reward(p, tok.decode(s, skip_special_tokens=True)) for p, s in zip(prompts, said)]
+    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=args.max_new_tokens,
+                             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    own, actor.lm.generation_config = actor.lm.generation_config, plain        # or generate() fills gaps from its own
+    scores, step = [], args.batch_size * common.world()
+    for i in range(0, n, step):
+        index = range(i + common.rank(), i + step, common.world())
+        prompts = [rows[j % len(rows)]["prompt"] for j in index]
+        prompt_ids = [common.encode_prompt(tok, p) for p in prompts]
+        ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), tok.pad_token_id, device)
+        sampled = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
+        texts = tok.batch_decode(sampled, skip_special_tokens=True)
+        scores += [reward(p, text) for p, text in zip(prompts, texts, strict=True)]
     actor.lm.generation_config = own
     return sum(scores) / len(scores)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_sizes(args)
     train = common.Rows(args.data, ["prompt", "response"])
     heldout = common.Rows(args.heldout, ["prompt", "response"])
     reward = common.load_function(args.reward)
@@ -104,10 +110,11 @@ def main(argv=None):
     common.check_context(model, args.max_length, "--max-length")
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
-    common.memory_plan({"policy": model}, args, args.batch_size // args.grad_accum, args.max_length, args.max_length)
+    micro_rows = args.batch_size // args.grad_accum
+    common.memory_plan({"policy": model}, args, micro_rows, args.max_length, args.max_length)
     actor = common.actor(model, args) if reward else model
-    policy = common.engine(model, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
-    batch = args.batch_size * common.world()                 # rows per optimizer step, all ranks together
+    policy = common.engine(model, args, args.lr, micro_rows, args.grad_accum)
+    batch = args.batch_size * common.world()                 # rows per update, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, policy=policy)
@@ -119,7 +126,7 @@ def main(argv=None):
         # 1. batch
         rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
         ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), tok.pad_token_id, device)
-        order = common.by_length(torch.arange(args.batch_size), attn, args.batch_size)
+        order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = ids[order], attn[order], mask[order]
         n_tokens = common.all_sum(mask.sum())
 
@@ -127,16 +134,16 @@ def main(argv=None):
         lr = args.lr * cosine(step, steps, args.warmup_steps)
         common.set_lr(policy, lr)
         loss = torch.zeros((), device=device)
-        for ids_m, attn_m, mask_m in zip(*(x.chunk(args.grad_accum) for x in (ids, attn, mask))):    # (B/accum, ...)
-            micro = sft_loss(policy(ids_m, attn_m, mask_m.shape[1]), mask_m, n_tokens)
-            policy.backward(micro * args.grad_accum * common.world())    # DeepSpeed divides by both
+        for rows_m in torch.arange(args.batch_size).split(micro_rows):
+            logp = policy(ids[rows_m], attn[rows_m], mask.shape[1])
+            loss_m = sft_loss(logp, mask[rows_m], n_tokens)
+            policy.backward(loss_m * args.grad_accum * common.world())       # DeepSpeed divides by both
             policy.step()
-            loss += micro.detach()
+            loss += loss_m.detach()
 
         # 3. log, save
-        metrics.log(step, dict(ids=ids, attn=attn, mask=mask), loss=loss * common.world(), lr=lr, tokens=n_tokens)
+        metrics.log(step, loss=loss * common.world(), lr=lr, tokens=n_tokens)
         checkpoints.save(step)
-    metrics.close()
 
     # 4. save, held-out loss
     policy.eval()
@@ -144,11 +151,12 @@ def main(argv=None):
     summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
     if reward:
         common.refresh(actor, model)
-        summary["gold"] = common.mean_over_ranks(dict(gold=sample_gold(actor, tok, prompts, reward, args, device)))["gold"]
+        gold = sample_gold(actor, tok, prompts, reward, args, device)
+        summary |= common.mean_over_ranks(dict(gold=gold))
     common.write_json(os.path.join(args.out, "summary.json"), summary)
     if common.rank() == 0:
-        print(f"held-out loss {summary['heldout_loss']:.4f} nats a token" + (f", gold reward of samples {summary['gold']:.3f}" if reward else "")
-              + f"; wrote {args.out}/model")
+        gold = f", gold reward of samples {summary['gold']:.3f}" if reward else ""
+        print(f"held-out loss {summary['heldout_loss']:.4f} nats per token{gold}; wrote {args.out}/model")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
 """Stage 2: the global value model, Q(tau, s, a), trained offline on the data that a reward model would have used.
 
-Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rejected[, chosen_policy, rejected_policy]},
-        which become two rows of reward +1 and -1       data/toy/gvm.jsonl
-        the SFT model, which becomes the trunk          out/tiny/sft/model
-Writes  a LoRA adapter and a scalar head on that trunk  out/tiny/gvm/model
+Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rejected[, chosen_policy,
+        rejected_policy]}, which become two rows of reward +1 and -1        data/toy/gvm.jsonl
+        the SFT model, which becomes the trunk                              out/tiny/sft/model
+Writes  a LoRA adapter and a scalar head on that trunk                      out/tiny/gvm/model
 
-tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the prompt in the
-same template. Objective, eq. (1) where lambda = 0, here 0.95 (equation numbers are those of arXiv 2502.16944 v1):
+tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the prompt
+in the same template. Objective: eq. (1) where lambda = 0, here 0.95 (equations of arXiv 2502.16944 v1):
 
-    L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,   G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}),
+    L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,  G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}),
     and G = the reward of the whole response at its last token; no gradient flows into G.
 
-Q is also trained at the last prompt token, t = -1, towards gamma G_0: that is V(s_0), what this policy will get on this prompt.
+Q is also trained at the last prompt token, t = -1, towards gamma G_0: V(s_0), what this policy will get on this prompt.
 
 Deviations from the paper
-1. TD(lambda) with lambda 0.95; the paper's lambda = 0 carries the reward back by one token an update (--td-lambda 0).
-2. Batch norm, eq. (2), is a flag and off: a Q measured in rewards can be checked against the truth. Its running mean and sigma
-   are kept in the checkpoint either way; the sigma bounds the divisor of dvpo.py's advantage from below.
+1. TD(lambda) with lambda 0.95. The paper's lambda = 0 carries the reward back by one token per update.
+2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its running mean and
+   sigma are saved either way; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
-4. Of each answer in tau only the first --tau-length tokens are read, and tau and prompt take one half of --max-length at most: three whole
-   answers of 1,024 tokens would leave no room for the response.
+4. Of each answer in tau only the first --tau-length tokens are read, and tau and prompt get half of --max-length:
+   three whole answers of 1,024 tokens would leave no room for the response.
 
     python train_gvm.py                                         the embedded world on a CPU
     python train_gvm.py --model llama3-3b                       one GPU
     deepspeed --num_gpus 8 train_gvm.py --model llama3-3b       eight
 
-    python train_gvm.py --eval-only --data data/toy/gvm_heldout.jsonl           the paper's table 4 on any labelled file
-    python train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
+    python train_gvm.py --eval-only --data data/toy/gvm_heldout.jsonl           table 4 on any labelled file
+    python train_gvm.py --show "review the soup ." "the soup was not bland ." --policy good         figure 4
 """
 import argparse
 import array
@@ -38,47 +38,47 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
 
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "gvm")
-    p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs to train on (with --eval-only: to measure on)")
+    p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs to train on")
     p.add_argument("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows or pairs to measure on")
-    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="the SFT model: trunk of the GVM and reference of dvpo.py")
+    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: trunk, and dvpo.py's reference")
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="adapter folder that --eval-only and --show load")
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per optimizer step and GPU (paper 32)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes that a batch is split into, to save memory")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 32)")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per batch, to save memory")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
-    p.add_argument("--max-steps", type=int, default=None, help="stop after so many optimizer steps, whatever --epochs says")
+    p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length,
-                   help="tokens of tau + prompt + response; tau and prompt get one half at most, the response what is left (paper 1024)")
+                   help="tokens of tau, prompt (together half of them) and response (paper 1024)")
     p.add_argument("--td-lambda", type=float, default=0.95,
-                   help="0: one-step TD, eq. (1) to the letter; 1: the reward itself is every token's target (paper 0)")
+                   help="0: one-step TD, eq. (1); 1: every token's target is the reward (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
-    p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False, help="normalise the predictions in the loss, eq. (2) (paper: yes)")
-    p.add_argument("--tau-pairs", type=int, default=None,
-                   help=f"most question-answer pairs in tau; 0: no tau, see Results in README.md (default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
-    p.add_argument("--tau-length", type=int, default=d.tau_length, help="tokens of each answer in tau; the rest is cut (paper: not given)")
+    p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
+                   help="normalise the predictions in the loss, eq. (2) (paper: yes)")
+    p.add_argument("--tau-pairs", type=int, help="most question-answer pairs in tau, 0 for no tau "
+                   f"(default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
+    p.add_argument("--tau-length", type=int, default=d.tau_length, help="tokens of an answer in tau (paper: not given)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
-    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="the adapter is scaled by alpha / rank (paper 32)")
-    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="dropout before the adapter, in training (paper 0.1)")
-    p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> true value, to measure against")
+    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="adapter scale is alpha / rank (paper 32)")
+    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="before the adapter (paper 0.1)")
+    p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> true value")
     p.add_argument("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
-    p.add_argument("--min-gap", type=float, default=0.0, help="table 4 counts pairs whose rewards differ by more than this")
-    p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="do not train; print each token coloured by its value")
-    p.add_argument("--policy", default=None, help="--show: whose rows in --heldout give tau (default: no tau)")
+    p.add_argument("--min-gap", type=float, default=0.0, help="least difference of rewards in a pair of table 4")
+    p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="do not train; print values of tokens")
+    p.add_argument("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
     args = common.parse(p, argv)
     if args.tau_pairs is None and not (args.eval_only or args.show):
         args.tau_pairs = d.tau_pairs
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -89,12 +89,12 @@ def td_targets(q, score, mask, gamma, lam):
     lam = 1 is the discounted score. The mask is True from position 0 up to some token. Give it a detached q.
     """
     last = mask.sum(1) - 1                                                 # (B,)
-    targets, ahead = torch.zeros_like(q), torch.zeros_like(score)
+    targets, target = torch.zeros_like(q), torch.zeros_like(score)
     for t in reversed(range(q.shape[1])):
         if t + 1 < q.shape[1]:
-            ahead = gamma * ((1 - lam) * q[:, t + 1] + lam * ahead)
-        ahead = torch.where(last == t, score, ahead)
-        targets[:, t] = ahead
+            target = gamma * ((1 - lam) * q[:, t + 1] + lam * target)
+        target = torch.where(last == t, score, target)
+        targets[:, t] = target
     return targets * mask
 
 
@@ -108,10 +108,11 @@ def gvm_loss(q, reward, mask, args):
     """Eq. (1) at t = -1 .. T-1: q (B, T+1), reward (B,), mask (B, T+1) -> sum over this micro-batch of squared TD errors."""
     if args.batch_norm:
         q = batch_norm(q, mask)
-    return ((td_targets(q.detach(), reward, mask, args.gamma, args.td_lambda) - q) ** 2 * mask).sum()
+    targets = td_targets(q.detach(), reward, mask, args.gamma, args.td_lambda)
+    return ((targets - q) ** 2 * mask).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Offline data: rows, and tau
 
 
@@ -119,87 +120,102 @@ class Labelled:
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
     def __init__(self, paths):
-        self.files, self.ends, self.by_policy, rewards = [], [], {}, array.array("d")      # arrays: 8 bytes a row, for files that memory does not hold
+        self.files, self.ends = [], []                                     # files, and the rows up to their ends
+        self.by_policy, rewards = {}, array.array("d")                     # arrays: 8 bytes per row
 
-        def note(row, keys):
-            for r in self.sides(row, "chosen" in keys):
-                self.by_policy.setdefault(r["policy"], array.array("q")).append(len(rewards))
-                rewards.append(r["reward"])
+        def note(line, keys):
+            for row in self.sides(line, "chosen" in keys):
+                self.by_policy.setdefault(row["policy"], array.array("q")).append(len(rewards))
+                rewards.append(row["reward"])
 
         for path in paths:
-            before = len(rewards)
-            file = common.Rows(path, ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"], each=note)
-            self.files.append((file, (len(rewards) - before) // len(file)))           # rows a line: a pair is two
+            file, before = None, len(rewards)
+            file = common.Rows(path, ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"], on_row=note)
+            self.files.append((file, (len(rewards) - before) // len(file)))        # rows per line: a pair is two
             self.ends.append(len(rewards))
-        self.about = "%d rows, %d policies, reward mean %.3f, sd %.3f, min %.3f, quartiles %.3f %.3f %.3f, max %.3f" % (
-            len(self), len([k for k in self.by_policy if k]), np.mean(rewards), np.std(rewards), *np.quantile(rewards, [0, .25, .5, .75, 1]))
+        low, *quartiles, high = np.quantile(rewards, [0, 0.25, 0.5, 0.75, 1])
+        named = [policy for policy in self.by_policy if policy is not None]
+        self.about = (f"{len(self)} rows, {len(named)} policies, reward mean {np.mean(rewards):.3f}, "
+                      f"sd {np.std(rewards):.3f}, min {low:.3f}, quartiles {quartiles[0]:.3f} {quartiles[1]:.3f} "
+                      f"{quartiles[2]:.3f}, max {high:.3f}")
 
     def __len__(self):
-        return self.ends[-1] if self.ends else 0
+        return self.ends[-1]
 
     @staticmethod
-    def sides(row, pair):
+    def sides(line, is_pair):
         """A line of a file -> the one row it is, or the two of a pair."""
-        if not pair:
-            return [dict(prompt=row["prompt"], response=row["response"], reward=float(row["reward"]), policy=row.get("policy"))]
-        return [dict(prompt=row["prompt"], response=row[side], reward=reward, policy=row.get(side + "_policy")) for side, reward in (("chosen", 1.0), ("rejected", -1.0))]
+        if not is_pair:
+            reward, policy = float(line["reward"]), line.get("policy")
+            return [dict(prompt=line["prompt"], response=line["response"], reward=reward, policy=policy)]
+        return [dict(prompt=line["prompt"], response=line[side], reward=reward, policy=line.get(side + "_policy"))
+                for side, reward in (("chosen", 1.0), ("rejected", -1.0))]
 
     def __getitem__(self, i):
         n = bisect.bisect_right(self.ends, i)
-        (file, per_line), i = self.files[n], i - (self.ends[n - 1] if n else 0)
+        file, per_line = self.files[n]
+        i -= self.ends[n - 1] if n else 0
         return self.sides(file[i // per_line], per_line == 2)[i % per_line]
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy name."""
-        mine = self.by_policy[policy] if policy is not None and pairs else []
-        drawn = (self[mine[i]] for i in rng.choice(len(mine), min(len(mine), 2 * pairs), replace=False))
-        return list(itertools.islice((r for r in drawn if r["prompt"] != prompt), pairs))
+        own = self.by_policy[policy] if policy is not None and pairs else []
+        drawn = (self[own[i]] for i in rng.choice(len(own), min(len(own), 2 * pairs), replace=False))
+        return list(itertools.islice((row for row in drawn if row["prompt"] != prompt), pairs))
 
 
 def encode(tok, rows, taus, args):
     """Rows and their tau -> lists of prompt ids (tau in front) and response ids."""
     prompts, responses, half = [], [], args.max_length // 2
-    for row, tau in zip(rows, taus):
+    for row, tau in zip(rows, taus, strict=True):
         tau = [(common.encode_prompt(tok, r["prompt"]), common.encode_response(tok, r["response"])) for r in tau]
-        prompts.append(common.behind_tau(tok, tau, common.encode_prompt(tok, row["prompt"])[-half:], half, args.tau_length))
+        prompt = common.encode_prompt(tok, row["prompt"])[-half:]
+        prompts.append(common.prepend_tau(tok, tau, prompt, half, args.tau_length))
         responses.append(common.encode_response(tok, row["response"])[:args.max_length - len(prompts[-1])])
     return prompts, responses
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Table 4, figure 4
 
 
 @torch.no_grad()
 def token_values(gvm, tok, rows, taus, args, device, batch=32):
-    """[(response ids, values (T+1,))] of all rows, every rank a share; values[0] is V(s_0), values[t+1] is Q at token t."""
+    """[(response ids, values (T+1,))] of all rows, every rank a share; values[0] is V(s_0), values[t+1] Q at a_t."""
     found, step = {}, batch * common.world()
-    for i in tqdm(range(0, len(rows), step), desc="values", disable=common.rank() != 0, mininterval=1.0, leave=False):
-        mine = [j % len(rows) for j in range(i + common.rank(), i + step, common.world())]     # every rank, equally many forwards
-        prompts, responses = encode(tok, [rows[j] for j in mine], [taus[j] for j in mine], args)
+    for i in common.Progress(range(0, len(rows), step), desc="values", leave=False):
+        own = [j % len(rows) for j in range(i + common.rank(), i + step, common.world())]      # as many on every rank
+        prompts, responses = encode(tok, [rows[j] for j in own], [taus[j] for j in own], args)
         ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id, device)
         q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm").cpu().numpy()
-        found |= {j: (r, v[:len(r) + 1]) for j, r, v in zip(mine, responses, q)}
+        found |= {j: (r, v[:len(r) + 1]) for j, r, v in zip(own, responses, q, strict=True)}
     found = common.gather_dicts(found)
     return [found[j] for j in range(len(rows))]
 
 
 def table4(rows, values, min_gap):
-    """Pairs of rows on one prompt whose rewards differ: how often each statistic of the token values is higher for the better.
+    """Pairs of rows on one prompt whose rewards differ: how often each statistic of the values is higher for the better.
 
     -> {statistic: accuracy in [0, 1]}, a tie counting one half; number of pairs.
     """
     stats = {"mean": [q[1:].mean() for _, q in values]}
-    stats |= {f"P{p}": [np.percentile(q[1:], p) for _, q in values] for p in (1, 5, 10, 90, 95, 99)}
+    for percentile in (1, 5, 10, 90, 95, 99):
+        stats[f"P{percentile}"] = [np.percentile(q[1:], percentile) for _, q in values]
     stats["last"] = [q[-1] for _, q in values]
-    groups = {}
+    by_prompt, pairs = {}, []
     for i, row in enumerate(rows):
-        groups.setdefault(json.dumps(row["prompt"]), []).append(i)
-    pairs = [(i, j) if rows[i]["reward"] > rows[j]["reward"] else (j, i) for group in groups.values()
-             for i, j in itertools.combinations(group, 2) if abs(rows[i]["reward"] - rows[j]["reward"]) > min_gap]
+        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(i)
+    for group in by_prompt.values():
+        for i, j in itertools.combinations(group, 2):
+            gap = rows[i]["reward"] - rows[j]["reward"]
+            if abs(gap) > min_gap:
+                pairs.append((i, j) if gap > 0 else (j, i))
     better, worse = np.array(pairs, dtype=int).reshape(-1, 2).T
-    wins = lambda s: (np.sign(np.array(s)[better] - np.array(s)[worse]) + 1).mean() / 2 if pairs else math.nan
-    return {k: float(wins(s)) for k, s in stats.items()}, len(pairs)
+    accuracy = {}
+    for name, stat in stats.items():
+        sign = np.sign(np.array(stat)[better] - np.array(stat)[worse])
+        accuracy[name] = float((sign + 1).mean() / 2) if pairs else math.nan
+    return accuracy, len(pairs)
 
 
 def correlation(x, y):
@@ -207,36 +223,46 @@ def correlation(x, y):
 
 
 def evaluate(gvm, tok, data, args, device):
-    """Everything the paper reports of a GVM, and on the toy its distance from the truth -> a dict, ready for JSON."""
-    rows = [data[i] for i in range(len(data))]
-    taus = [data.tau(r["policy"], r["prompt"], args.tau_pairs, np.random.default_rng([args.seed, i])) for i, r in enumerate(rows)]
+    """What the paper reports of a GVM, and on the toy its distance from the truth -> a dict, ready for JSON."""
+    rows, taus = [data[i] for i in range(len(data))], []
+    for i, row in enumerate(rows):
+        taus.append(data.tau(row["policy"], row["prompt"], args.tau_pairs, np.random.default_rng([args.seed, i])))
     values = token_values(gvm, tok, rows, taus, args, device)
     accuracy, n_pairs = table4(rows, values, args.min_gap)
-    by_policy = {p: dict(mean_reward=float(np.mean([rows[i]["reward"] for i in index])), v0=float(np.mean([values[i][1][0] for i in index])))
-                 for p, index in sorted(data.by_policy.items(), key=lambda item: str(item[0])) if p is not None}
-    means, v0s = [v["mean_reward"] for v in by_policy.values()], [v["v0"] for v in by_policy.values()]
-    out = dict(pairs=n_pairs, accuracy=accuracy, policies=by_policy, v0_correlation=correlation(means, v0s) if len(means) > 1 else math.nan,
-               v0_ranks_all_policies=bool(len(means) > 1 and np.std(v0s) > 1e-6 and (np.argsort(means) == np.argsort(v0s)).all()))
+    policies = {}
+    for policy in sorted(p for p in data.by_policy if p is not None):
+        index = data.by_policy[policy]
+        policies[policy] = dict(mean_reward=float(np.mean([rows[i]["reward"] for i in index])),
+                                v0=float(np.mean([values[i][1][0] for i in index])))
+    rewards, v0s = ([about[key] for about in policies.values()] for key in ("mean_reward", "v0"))
+    ranked = len(policies) > 1 and np.std(v0s) > 1e-6 and (np.argsort(rewards) == np.argsort(v0s)).all()
+    out = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_ranks_all_policies=bool(ranked),
+               v0_correlation=correlation(rewards, v0s) if len(policies) > 1 else math.nan)
     if args.true_q:
         true_q, q, truth = common.load_function(args.true_q), [], []
-        for row, (ids, value) in zip(rows, values):
+        for row, (ids, value) in zip(rows, values, strict=True):
+            prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
             try:
-                truth += [true_q(row["prompt"], tok.decode(ids[:t]), row["policy"]) for t in range(len(ids) + 1)]
+                truth += [true_q(row["prompt"], prefix, row["policy"]) for prefix in prefixes]
                 q += list(value)
             except KeyError:                                               # a policy whose true value is not known
                 pass
-        out["true_q"] = dict(correlation=correlation(q, truth), rmse=float(np.sqrt(np.mean((np.array(q) - truth) ** 2))), tokens=len(q))
+        rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
+        out["true_q"] = dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
     return out
 
 
 def report(result):
     """Table 4 and the policies' values as text."""
-    lines = ["accuracy over %d pairs:  " % result["pairs"] + "  ".join(f"{k} {v:.3f}" for k, v in result["accuracy"].items())]
-    lines += [f"{p:>24}: mean reward {v['mean_reward']:+.3f}   mean V(s_0 | tau) {v['v0']:+.3f}" for p, v in result["policies"].items()]
-    lines += [f"correlation of V(s_0 | tau) with the policies' mean rewards: {result['v0_correlation']:.3f}, "
-              f"order {'right' if result['v0_ranks_all_policies'] else 'not right'}"]
+    accuracy = "  ".join(f"{name} {value:.3f}" for name, value in result["accuracy"].items())
+    lines = [f"accuracy over {result['pairs']} pairs:  {accuracy}"]
+    for name, about in result["policies"].items():
+        lines.append(f"{name:>24}: mean reward {about['mean_reward']:+.3f}   mean V(s_0 | tau) {about['v0']:+.3f}")
+    lines.append(f"correlation of V(s_0 | tau) with the policies' mean rewards: {result['v0_correlation']:.3f}, "
+                 f"order {'right' if result['v0_ranks_all_policies'] else 'not right'}")
     if "true_q" in result:
-        lines += ["against the true value of {tokens} tokens: correlation {correlation:.3f}, rms error {rmse:.3f}".format(**result["true_q"])]
+        lines.append("against the true value of {tokens} tokens: correlation {correlation:.3f}, rms error {rmse:.3f}"
+                     .format(**result["true_q"]))
     return "\n".join(lines)
 
 
@@ -248,44 +274,33 @@ def colour(text, value, scale):
 
 
 def show(gvm, tok, prompt, response, tau, args, device):
-    """Figure 4: print the tokens coloured by value; with --true-q and --policy the truth underneath. -> dict for the plot."""
+    """Figure 4: print the tokens coloured by value; with --true-q and --policy also the truth. -> dict for the plot."""
     (ids, value), = token_values(gvm, tok, [dict(prompt=prompt, response=response)], [tau], args, device)
     tokens = ["V(s_0)"] + [tok.decode([i]) for i in ids]
     out = dict(prompt=prompt, response=response, policy=args.policy, tokens=tokens, q=[float(v) for v in value])
     if args.true_q and args.policy:
-        out["true_q"] = [common.load_function(args.true_q)(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
+        true_q = common.load_function(args.true_q)
+        out["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
     scale = max(1e-6, np.abs(out["q"] + out.get("true_q", [])).max())
     for key in ("q", "true_q"):
         if key in out and common.rank() == 0:
-            print(f"{key:>7}  " + " ".join(colour(f" {t} {v:+.2f} ", v, scale) for t, v in zip(tokens, out[key])))
+            cells = [colour(f" {t} {v:+.2f} ", v, scale) for t, v in zip(tokens, out[key], strict=True)]
+            print(f"{key:>7}  " + " ".join(cells))
     common.write_json(os.path.join(args.out, "show.json"), out)
     return out
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_sizes(args)
     tok = common.load_tokenizer(args.init_from)
     data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)
     gvm = common.load_model(args.init_from, trainable=False)
     if args.show or args.eval_only:
-        meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
-        args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
-        args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
-        gvm.eval()
-    common.check_context(gvm, args.max_length, "--max-length")
-    if args.show:
-        if args.policy and args.policy not in data.by_policy:
-            common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
-        tau = data.tau(args.policy, args.show[0], args.tau_pairs, np.random.default_rng(args.seed))
-        return show(gvm, tok, *args.show, tau, args, device)
-    if args.eval_only:
-        result = evaluate(gvm, tok, data, args, device)
-        common.write_json(os.path.join(args.out, "eval.json"), result)
-        return print(report(result)) if common.rank() == 0 else None
+        return use_trained(args, gvm, tok, data, device)
 
     heldout = Labelled([args.heldout])
+    common.check_context(gvm, args.max_length, "--max-length")
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm")
     if args.gradient_checkpointing:
@@ -294,7 +309,7 @@ def main(argv=None):
     if common.rank() == 0:
         print(data.about)
     engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
-    batch = args.batch_size * common.world()                               # rows per optimizer step, all ranks together
+    batch = args.batch_size * common.world()                               # rows per update, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, gvm=engine)
@@ -304,45 +319,68 @@ def main(argv=None):
 
     engine.train()
     for step in range(first, steps):
-        # 1. batch: every row behind a tau of its own policy, 1 to --tau-pairs pairs
+        # 1. batch: every row after a tau of its own policy, 1 to --tau-pairs pairs
         index = common.batch_indices(len(data), batch, step, args.seed)
-        rows = [data[i] for i in index]
-        draws = [np.random.default_rng([args.seed, step, i]) for i in index]
-        taus = [data.tau(r["policy"], r["prompt"], int(g.integers(1, args.tau_pairs + 1)) if args.tau_pairs else 0, g) for r, g in zip(rows, draws)]
+        rows, taus = [data[i] for i in index], []
+        for i, row in zip(index, rows, strict=True):
+            rng = np.random.default_rng([args.seed, step, i])
+            pairs = int(rng.integers(1, args.tau_pairs + 1)) if args.tau_pairs else 0
+            taus.append(data.tau(row["policy"], row["prompt"], pairs, rng))
         ids, attn, mask = common.frame(*encode(tok, rows, taus, args), tok.pad_token_id, device)
-        reward = torch.tensor([r["reward"] for r in rows], device=device)
-        if not args.batch_norm:                                            # which is over the rows of a micro-batch: they stay random
-            order = common.by_length(torch.arange(args.batch_size), attn, args.batch_size)
+        reward = torch.tensor([row["reward"] for row in rows], device=device)
+        if not args.batch_norm:                                            # which needs random micro-batches
+            order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
             ids, attn, mask, reward = ids[order], attn[order], mask[order], reward[order]
-        states = torch.nn.functional.pad(mask, (1, 0), value=True)         # (B, T+1): the last prompt token counts too
+        states = torch.nn.functional.pad(mask, (1, 0), value=True)         # (B, T+1): with the last prompt token
         n_states = common.all_sum(states.sum())
 
         # 2. update
         common.set_lr(engine, args.lr * (1 - step / steps))
         loss, q = torch.zeros((), device=device), []
-        for ids_m, attn_m, states_m, reward_m in zip(*(x.chunk(args.grad_accum) for x in (ids, attn, states, reward))):
+        micro_batches = zip(*(x.chunk(args.grad_accum) for x in (ids, attn, states, reward)), strict=True)
+        for ids_m, attn_m, states_m, reward_m in micro_batches:
             q_m = engine(ids_m, attn_m, mask.shape[1], adapter="gvm", head="gvm")
-            micro = gvm_loss(q_m, reward_m, states_m, args) / n_states
-            engine.backward(micro * args.grad_accum * common.world())      # DeepSpeed divides by both
+            loss_m = gvm_loss(q_m, reward_m, states_m, args) / n_states
+            engine.backward(loss_m * args.grad_accum * common.world())     # DeepSpeed divides by both
             engine.step()
-            loss += micro.detach()
+            loss += loss_m.detach()
             q.append(q_m.detach())
 
         # 3. running moments of Q over response tokens, for dvpo.py; log, save
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else 0.99 * running + 0.01 * moments
-        metrics.log(step, dict(ids=ids, attn=attn, mask=mask), loss=loss * common.world(), q_mean=moments[0], q_std=moments[1], tokens=common.all_sum(mask.sum()))
+        metrics.log(step, loss=loss * common.world(), q_mean=moments[0], q_std=moments[1],
+                    tokens=common.all_sum(mask.sum()))
         checkpoints.save(step, running=running)
-    metrics.close()
 
     # 4. save, measure
     engine.eval()
-    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), q_mean=running[0].item(), q_std=running[1].item(),
-                        tau_pairs=args.tau_pairs, tau_length=args.tau_length, max_length=args.max_length, init_from=args.init_from)
+    q_mean, q_std = running.tolist()
+    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), q_mean=q_mean, q_std=q_std,
+                        tau_pairs=args.tau_pairs, tau_length=args.tau_length, max_length=args.max_length,
+                        init_from=args.init_from)
     result = evaluate(engine, tok, heldout, args, device)
     common.write_json(os.path.join(args.out, "eval.json"), result)
     if common.rank() == 0:
         print(report(result) + f"\nwrote {args.out}/model")
+
+
+def use_trained(args, gvm, tok, data, device):
+    """--show or --eval-only: load --gvm and look at what it says. Returns what was shown."""
+    meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
+    args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
+    args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
+    common.check_context(gvm, args.max_length, "--max-length")
+    gvm.eval()
+    if args.show:
+        if args.policy and args.policy not in data.by_policy:
+            common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
+        tau = data.tau(args.policy, args.show[0], args.tau_pairs, np.random.default_rng(args.seed))
+        return show(gvm, tok, *args.show, tau, args, device)
+    result = evaluate(gvm, tok, data, args, device)
+    common.write_json(os.path.join(args.out, "eval.json"), result)
+    if common.rank() == 0:
+        print(report(result))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""Checkpoints: folders that are complete or not there, and what a run needs to continue bit for bit.
+
+save_model writes a transformers folder, save_adapter a GVM or reward model, Checkpoints what --resume reads.
+Open this file to save another format. What a stage itself must remember goes into Checkpoints.save.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import zlib
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from runtime.processes import all_max, barrier, die, finish, gathered, rank, world, write_json
+
+
+def model_fingerprint(lm):
+    """Which model: a hash of all weights' names, shapes and first values, in bf16, so that CPU and GPU agree."""
+    digest = hashlib.sha256()
+    for key, w in sorted(lm.state_dict().items()):
+        values = w.detach().flatten()[:64].bfloat16().float().cpu().numpy()
+        digest.update(f"{key}{tuple(w.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tok):
+    """Which tokenizer: a hash of its vocabulary, special tokens and chat template."""
+    what = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder for all ranks to write in, which takes the place of `path` only once it is complete.
+
+    A full disk ends the run in one line and leaves what was at `path` before.
+    """
+    tmp, old = path + ".tmp", path + ".old"
+    try:
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+        barrier()
+        yield tmp
+        barrier()
+        if rank() == 0:
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.exists(path):
+                os.rename(path, old)
+            os.rename(tmp, path)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier()
+    except (OSError, RuntimeError, SafetensorError) as e:       # torch and safetensors wrap the system's error
+        shutil.rmtree(tmp, ignore_errors=True)
+        die(f"{path} cannot be written ({str(e)[:150]}); make room, then continue with --resume", 1, all_ranks=True)
+
+
+def must_be_finite(model, what):
+    """End the run where a trained weight is not finite: a gradient was not, though the loss was."""
+    finite = True
+    for p in model.parameters():
+        if p.requires_grad:
+            if hasattr(p, "ds_tensor"):                         # ZeRO-3: this rank's shard, without its padding
+                p = p.ds_tensor[:max(0, p.ds_numel - rank() * p.ds_tensor.numel())]
+            finite = finite and bool(p.isfinite().all())
+    if all_max(int(not finite)):
+        die(f"{what} are not finite and were not saved; lower --lr, then continue with --resume", code=1)
+
+
+def save_model(model, tok, folder, adapter=None):
+    """Write a plain transformers folder, with the adapter merged into the weights."""
+    must_be_finite(model, f"the weights for {folder}")
+    with new_folder(folder) as tmp:
+        state = model.merged_state_dict(adapter, keep=rank() == 0)
+        if rank() == 0:
+            model.lm.save_pretrained(tmp, state_dict=state)
+            tok.save_pretrained(tmp)
+
+
+def save_adapter(model, name, tok, folder, **meta):
+    """Write adapter and head `name` to adapter.safetensors, what loading needs and `meta` to adapter.json."""
+    must_be_finite(model, f"the weights for {folder}")
+    own = model.adapter_parameters(name)
+    with new_folder(folder) as tmp, gathered(own.values()):
+        if rank() == 0:
+            weights = {k: p.detach().cpu().contiguous() for k, p in own.items()}
+            save_file(weights, os.path.join(tmp, "adapter.safetensors"))
+            meta |= dict(trunk=model.fingerprint, tokenizer=tokenizer_fingerprint(tok))
+            write_json(os.path.join(tmp, "adapter.json"), dict(name=name, **model.adapters[name], **meta))
+
+
+def load_adapter(model, tok, folder, made_by):
+    """Put a saved adapter and its head, frozen, on `model`; returns its meta data. Refuses that of another trunk."""
+    try:
+        with open(os.path.join(folder, "adapter.json")) as f:
+            meta = json.load(f)
+        own = load_file(os.path.join(folder, "adapter.safetensors"))
+    except (OSError, ValueError, SafetensorError) as e:
+        die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
+    for what, found in ("trunk", model.fingerprint), ("tokenizer", tokenizer_fingerprint(tok)):
+        if meta.get(what) != found:
+            die(f"{folder}: trained on another {what} than --init-from has; train it on this one with: {made_by}")
+    model.add_adapter(meta["name"], meta["r"], meta["alpha"])
+    model.add_head(meta["name"])
+    for key, p in model.adapter_parameters(meta["name"]).items():
+        p.requires_grad_(False).copy_(own[key])
+    return meta
+
+
+class Checkpoints:
+    """OUT/checkpoint/step_N: DeepSpeed's files of each engine, random states, the stage's state, check sums.
+
+    first, state = checkpoints.load()          the step to continue with and what `save` was given, or 0, {}
+    checkpoints.save(step, name=value, ...)    after each step; writes every --save-every steps and on a signal
+    """
+
+    def __init__(self, args, out, keep=2, **engines):
+        self.args, self.folder, self.keep, self.engines = args, os.path.join(out, "checkpoint"), keep, engines
+        self.stop, self.skipped = 0, 0
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+
+    def on_signal(self, number, _):
+        """End after the current step, with a checkpoint and exit code 0; a second Ctrl-C ends at once."""
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        self.stop = 1
+
+    def steps(self):
+        """Steps of the checkpoints that are there, the last one first."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name)), reverse=True)
+
+    def load(self):
+        path = self.last_whole() if self.args.resume else None
+        if path is None:
+            if rank() == 0 and self.steps():                    # of an older run: a later --resume must not see it
+                shutil.rmtree(self.folder + ".old", ignore_errors=True)
+                os.rename(self.folder, self.folder + ".old")
+            barrier()
+            return 0, {}
+        with open(os.path.join(path, "run.json")) as f:
+            before = json.load(f)
+        if (before["world_size"], before["zero"]) != (world(), self.args.zero):
+            die(f"--resume: {path}: use {before['world_size']} processes and --zero {before['zero']}, as it did")
+        for key in vars(self.args).keys() - {"resume", "out", "local_rank", "save_every"}:
+            value = json.loads(json.dumps(getattr(self.args, key)))
+            if value != before.get(key) and rank() == 0:
+                flag = "--" + key.replace("_", "-")
+                print(f"resuming with {flag} {value} (was {before.get(key)})", file=sys.stderr)
+        for name, engine in self.engines.items():
+            engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
+        mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
+        self.skipped = sum(engine.skipped_steps for engine in self.engines.values())
+        torch.set_rng_state(mine["random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["random_cuda"])
+        return int(path.rpartition("_")[2]), mine["state"]
+
+    def last_whole(self):
+        """Folder of the last checkpoint whose files are what was written; damaged ones are moved aside."""
+        for step in self.steps():
+            path = os.path.join(self.folder, f"step_{step}")
+            if not all_max(int(rank() == 0 and not is_whole(path))):
+                return path
+            if rank() == 0:
+                print(f"{path}: cut short or damaged; using the one before it", file=sys.stderr)
+                os.rename(path, path + ".damaged")
+            barrier()
+        if rank() == 0:
+            print(f"{self.folder}: no checkpoint to resume from; starting a new run", file=sys.stderr)
+        return None
+
+    def save(self, step, **state):
+        """`step` has just been done, counted from 0."""
+        skipped = sum(engine.skipped_steps for engine in self.engines.values())
+        if skipped > self.skipped and rank() == 0:              # which DeepSpeed does not say
+            print(f"warning: step {step}: the gradient is not finite, update skipped; lower --lr", file=sys.stderr)
+        self.skipped, self.stop = skipped, all_max(self.stop)
+        if not self.stop and (step + 1) % self.args.save_every:
+            return
+        for name, engine in self.engines.items():
+            must_be_finite(engine.module, f"weights of the {name} after step {step}")
+        with new_folder(os.path.join(self.folder, f"step_{step + 1}")) as tmp:
+            for name, engine in self.engines.items():
+                engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
+            mine = dict(random=torch.get_rng_state(), state=state)
+            if torch.cuda.is_available():
+                mine["random_cuda"] = torch.cuda.get_rng_state()
+            torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
+            barrier()
+            if rank() == 0:
+                write_json(os.path.join(tmp, "run.json"), vars(self.args) | dict(world_size=world()))
+                write_json(os.path.join(tmp, "files.json"), check_sums(tmp))
+        if rank() == 0:
+            for old in self.steps()[self.keep:]:
+                shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
+        if self.stop:
+            if rank() == 0:
+                print(f"\nstopped after step {step}; continue with the same flags and --resume", file=sys.stderr)
+            finish()
+
+
+def is_whole(path):
+    try:
+        with open(os.path.join(path, "files.json")) as f:
+            return json.load(f) == check_sums(path)
+    except (OSError, ValueError):
+        return False
+
+
+def check_sums(folder):
+    """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
+    sums = {}
+    for root, _, names in os.walk(folder):
+        for path in [os.path.join(root, name) for name in names if name != "files.json"]:
+            crc = 0
+            with open(path, "rb") as f:
+                while block := f.read(1 << 24):
+                    crc = zlib.crc32(block, crc)
+            sums[os.path.relpath(path, folder)] = [os.path.getsize(path), crc]
+    return sums

@@ -1,0 +1,78 @@
+"""Memory: what a stage is going to hold, against what the device has, before anything is trained.
+
+Weights, gradients and optimizer states follow from the parameters, activations from one short row that is measured.
+Open this file when a plan is wrong. docs/memory.md has plans of real models, and the flags that lower them.
+"""
+import os
+
+import psutil
+import torch
+from transformers import DynamicCache
+
+from runtime.processes import all_max, die, rank, world, write_json
+
+CHUNK = 1024                                            # positions whose logits exist at one time
+MB = 2**20
+
+
+def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
+    """Print the plan, write it to OUT/memory.json, and end the run where it does not fit.
+
+    models {role: LM}, the policy first; the largest backward pass is over rows x length tokens, of which the
+    log-softmax sees rows x sampled; decode: rows and length of the rollout's KV cache.
+    """
+    policy, cuda, plan, about, kept = next(iter(models.values())), torch.cuda.is_available(), {}, {}, 0
+    element = next(policy.parameters()).element_size()
+    adam = 8 if element == 4 and not args.zero else 12          # two moments, and fp32 weights beside bf16 ones
+    shards = [world() if args.zero >= stage else 1 for stage in range(4)]
+    for role, model in models.items():
+        count = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        about[role] = dict(parameters=count, trainable=trained, bytes=count * element)
+        plan[f"{role}: weights"] = count * element / shards[3]
+        if trained:
+            plan[f"{role}: gradients"] = trained * element / shards[2]
+            plan[f"{role}: optimizer"] = 0 if args.offload and cuda else trained * adam / shards[1]
+            kept = max(kept, bytes_per_token(model)["activation"])
+    if args.zero == 3 and decode[0]:
+        plan["a copy to decode with"] = next(iter(about.values()))["bytes"]
+    vocab = policy.lm.config.get_text_config().vocab_size
+    activations = rows * length * kept + min(CHUNK, rows * sampled) * vocab * (4 + element)
+    cache = decode[0] * (decode[1] * bytes_per_token(policy)["cache"] + vocab * 12)
+    plan["activations, or KV cache of the rollout"] = max(activations, cache)      # never both
+    total, free = sum(plan.values()), psutil.virtual_memory().available + sum(m["bytes"] for m in about.values())
+    if cuda:
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    if rank() == 0:
+        for what, size in [*plan.items(), (f"together, of {free / MB:,.0f} MB that are free", total)]:
+            print(f"{what:<52}{size / MB:>11,.0f} MB")
+    write_json(os.path.join(args.out, "memory.json"), dict(plan=plan, total=total, free=free, models=about))
+    if all_max(int(total > free)):
+        die(f"this would need {total / MB:,.0f} MB and {free / MB:,.0f} MB are free; try --lora (dvpo.py), --zero 3 "
+            "on more GPUs, --offload, --gradient-checkpointing, a smaller --mini-batch-size, a larger --grad-accum")
+
+
+def bytes_per_token(model):
+    """Bytes that a backward pass keeps of each token, and bytes of its KV cache, measured on one short row."""
+    ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
+    weights, kept, training = {p.data_ptr() for p in model.parameters()}, {}, model.training
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    trained = [name for name in model.adapters for p in model.adapter_parameters(name).values() if p.requires_grad]
+    model.switch(trained[0] if trained else None)
+    model.train()                                       # --gradient-checkpointing works in train mode only
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model.hidden(ids, torch.ones_like(ids), 15)
+    activation = sum(size for address, size in kept.items() if address not in weights)
+    del out                                             # held so far, or other tensors would take those addresses
+    cache = DynamicCache()
+    model.eval()
+    with torch.no_grad():
+        model.hidden(ids, torch.ones_like(ids), 0, cache)
+    model.train(training)
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return dict(activation=activation / 16, cache=cached / 16)

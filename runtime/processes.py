@@ -1,0 +1,130 @@
+"""Processes: one or many, started by plain python, torchrun or deepspeed, on CPUs and on GPUs.
+
+Holds how a run starts, how it ends (well, or with an error in one line), and what is summed over ranks.
+Open this file when a launch hangs or fails, or when you need one more collective operation.
+"""
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
+from tqdm import tqdm
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")   # read on import
+
+import deepspeed
+
+deepspeed.utils.logger.setLevel("WARNING")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def die(message, code=2, all_ranks=False):
+    """The only way to end with an error: one line on stderr, what is wrong and how to fix it.
+
+    code: 2 for wrong input, 1 for a run that failed; all_ranks: print where rank 0 may not see the error.
+    """
+    if all_ranks or int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"error: {message}", file=sys.stderr)        # on a line of its own, below any progress bar
+    raise SystemExit(code)
+
+
+def start(args):
+    """Join the process group, seed every rank, create `args.out`; returns the device."""
+    if "RANK" not in os.environ:                                # plain python: a world of one, on a free port
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)     # slow where shapes change
+    if not dist.is_initialized():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves, without a compiler
+        try:
+            deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        except dist.DistNetworkError as e:
+            die(f"the processes cannot meet ({str(e)[:99]}); choose another --master_port", all_ranks=True)
+    seed(args)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        write_json(f"{args.out}/run.json", vars(args) | dict(world_size=world(), device=str(device)))
+    except OSError as e:
+        die(f"--out {args.out}: cannot be written to ({e.strerror}); name another folder", all_ranks=True)
+    return device
+
+
+def seed(args):
+    """Seed every rank differently; called again before the loop, so that the set-up does not matter."""
+    torch.manual_seed(args.seed * 1000 + rank())
+
+
+def finish(code=0):
+    """End the process with all ranks together; does not return.
+
+    Only atexit's functions (wandb's, say) run. Python's own shutdown is skipped: gloo's threads outlive DeepSpeed,
+    and one that frees a tensor during the shutdown aborts the process (pytorch issue 190489).
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def all_sum(x):
+    """Sum of a tensor over all ranks, with a gradient: every rank's loss depends on every rank's input."""
+    return all_reduce(x) if world() > 1 else x
+
+
+def all_max(n):
+    """Maximum of a Python int over all ranks."""
+    if world() == 1:
+        return n
+    n = torch.tensor(n, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(n, dist.ReduceOp.MAX)
+    return int(n)
+
+
+def gather_dicts(mine):
+    """The union of every rank's dict, on every rank."""
+    parts = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, mine)
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def gathered(params):
+    """Context with whole weights on every rank; outside it ZeRO-3 shards them. All ranks must enter."""
+    params = [p for p in params if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(params) if params else contextlib.nullcontext()
+
+
+def write_json(path, value):
+    """Write a JSON file on rank 0: complete, or not at all."""
+    if rank() == 0:
+        with open(path + ".tmp", "w") as f:
+            json.dump(value, f, indent=1)
+        os.replace(path + ".tmp", path)
