@@ -1,12 +1,12 @@
-"""What a reader of the algorithm needs besides the stages: presets, model, LoRA, heads, log-probs, decoder, tokens.
+"""What a reader of the algorithm needs beside the stages: presets, model, LoRA, heads, log-probs, decoder, tokens.
 
-One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens (right-padded), V vocabulary:
+One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens (right-padded), V words:
 
     position   0 .. P-1   P    P+1  ...  P+T-1
     token      prompt     a_0  a_1  ...  a_{T-1}       (the last one may be <eos>; it counts)
 
-Whatever leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` (B, P+T) is 1 on real tokens, `mask`
-(B, T) is True from a_0 to the first <eos>; both are built from lengths, never from `ids != pad`.
+What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` (B, P+T) is 1 on real tokens,
+`mask` (B, T) is True from a_0 to the first <eos>; both are built from lengths, never from `ids != pad`.
 """
 import argparse
 import copy
@@ -34,9 +34,9 @@ from runtime.checkpoints import Checkpoints, load_adapter, model_fingerprint, sa
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, bytes_per_token, memory_plan
 from runtime.metrics import Clock, Metrics, Progress, masked_moments, mean_over_ranks, peak_bytes, token_mean
-from runtime.processes import (LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish, gather_dicts, gathered,
-                               rank, seed, start, world, write_json)
-from runtime.rows import Rows, batch_indices, load_function
+from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish, gathered
+from runtime.processes import rank, seed, start, world, write_json
+from runtime.rows import batch_indices, load_function, read_rows
 # isort: on
 
 hf_logging.set_verbosity_error()
@@ -44,17 +44,18 @@ hf_logging.disable_progress_bar()
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Presets and flags. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead.
 
 PAPER = {
-    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024, grad_accum=8,
-                save_every=500),
+    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024,
+                grad_accum=8, save_every=500),
     "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, tau_length=128, lora_rank=8,
                 lora_alpha=32, lora_dropout=0.1, grad_accum=16, save_every=500),
-    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32, lora_dropout=0.1),
-    "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2,
-               max_new_tokens=1024, max_prompt_length=512, max_steps=1000, kl_coef=0.2, kl_target=6.0, save_every=100,
+    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32,
+               lora_dropout=0.1),
+    "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, kl_coef=0.2,
+               kl_target=6.0, max_new_tokens=1024, max_prompt_length=512, max_steps=1000, save_every=100,
                advantage="delta"),
 }
 TINY = {
@@ -94,25 +95,25 @@ def flags(doc, argv, *stages):
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
-    p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 for 3B, 3 for 8B)")
-    p.add_argument("--save-every", type=int, default=d.save_every, help="steps between checkpoints for --resume")
-    p.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint in --out, if any")
-    p.add_argument("--offload", action="store_true", help="keep optimizer states in CPU memory (ZeRO 1 to 3): slower")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="a third slower, far fewer activations")
-    p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's own settings")
-    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # the deepspeed launcher adds it
+    p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 at 3B, 3 at 8B)")
+    p.add_argument("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
+    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    p.add_argument("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
+    p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's settings")
+    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # from the launcher
     return p, d
 
 
 def parse(p, argv):
     """The arguments, after the checks that need nothing else: numbers in range, batches that divide."""
     args = p.parse_args(argv)
-    positive = ("save_every max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length lora_rank max_steps "
-                "rm_max_steps rm_batch_size rm_epochs temperature batch_size mini_batch_size grad_accum").split()
+    positive = ("save_every max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length lora_rank "
+                "max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size mini_batch_size grad_accum")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and (not 0 <= value < math.inf or (value == 0 and name in positive)):
-            wanted = "above 0" if name in positive else "a number that is not negative"
-            die(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+        if type(value) in (int, float) and (not 0 <= value < math.inf or (value == 0 and name in positive.split())):
+            least = "above 0" if name in positive.split() else "0 or above"
+            die(f"--{name.replace('_', '-')} {value}: must be a number {least}")
     rows = getattr(args, "mini_batch_size", 1) * args.grad_accum
     if args.batch_size % rows:
         die(f"--batch-size {args.batch_size}: must be a multiple of [--mini-batch-size x] --grad-accum = {rows}")
@@ -121,19 +122,16 @@ def parse(p, argv):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Models: a causal LM with named LoRA adapters and named scalar heads
 
 
 class LoRA(nn.Module):
-    """y = base(x) + alpha/r B A dropout(x), with several named adapters, at most one of them on (arXiv 2106.09685).
-
-    With all of them off the output is the base layer's, bit for bit.
-    """
+    """y = base(x) + alpha/r B A dropout(x), several named adapters of which at most one is on (arXiv 2106.09685)."""
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.active, self.transposed = base, None, isinstance(base, Conv1D)      # Conv1D: GPT-2's layers
+        self.base, self.active, self.transposed = base, None, isinstance(base, Conv1D)      # Conv1D: GPT-2
         self.A, self.B, self.scale, self.dropout = nn.ModuleDict(), nn.ModuleDict(), {}, {}
 
     def add(self, name, r, alpha, dropout):
@@ -159,7 +157,7 @@ class LoRA(nn.Module):
 
 
 class Head(nn.Linear):
-    """Scalar head in fp32 whatever its weights' dtype: bf16 would round away the steps of Q from token to token."""
+    """Scalar head in fp32, whatever its weights' dtype: bf16 would round away Q's steps from token to token."""
 
     def forward(self, h):
         return F.linear(h.float(), self.weight.float(), self.bias.float())
@@ -171,10 +169,6 @@ class LM(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm, self.heads, self.adapters, self.fingerprint = lm, nn.ModuleDict(), {}, model_fingerprint(lm)
-
-    def checkpoint_blocks(self):
-        """--gradient-checkpointing; works in train() mode only."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
 
     def add_adapter(self, name, r, alpha, dropout=0.0):
         """LoRA on every linear projection of the blocks, whatever the architecture."""
@@ -208,7 +202,7 @@ class LM(nn.Module):
     def merged_state_dict(self, adapter=None, keep=True):
         """State dict of the plain transformers model, on the CPU, one adapter merged into its weights.
 
-        Gathers one weight at a time at ZeRO-3, so all ranks must enter; without `keep` a rank only takes part in that.
+        At ZeRO-3 one weight at a time is gathered, so all ranks must enter; without `keep` one gets an empty dict.
         """
         lora = {f"{path}.base.weight": m for path, m in self.lm.named_modules() if isinstance(m, LoRA)}
         state, copies = {}, {}
@@ -227,8 +221,8 @@ class LM(nn.Module):
     def hidden(self, ids, attn, T, cache=None):
         """Last hidden states at the last prompt token and at each response token: (B, P+T) -> (B, T+1, D).
 
-        Rows are shifted left first, so that causal attention alone hides the padding: no mask, the fast attention
-        kernel, positions from 0. A cache (B rows) stands in front of them and grows by them.
+        Rows are shifted left first, so that causal attention alone hides the padding: no mask, the fast kernel,
+        positions from 0. A cache (B rows) stands in front of them and grows by them.
         """
         (B, L), left, length = ids.shape, attn.argmax(1, keepdim=True), int(attn.sum(1).max())
         positions = torch.arange(length, device=ids.device)
@@ -240,14 +234,14 @@ class LM(nn.Module):
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at each of the T+1 states.
 
-        Both in fp32. logp[t] is read BEFORE a_t and is 0 after the end of the response; scalar 0 stands at the last
-        prompt token, scalar t+1 AFTER a_t.
+        Both in fp32. logp[t] is read BEFORE a_t and is 0 after the end of the response; scalar 0 stands at the
+        last prompt token, scalar t+1 AFTER a_t.
         """
         self.switch(adapter)
         h = self.hidden(ids, attn, T, cache)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
-        real = attn[:, -T:].flatten().nonzero().squeeze(1)          # lm_head, the largest product, sees no padding
+        real = attn[:, -T:].flatten().nonzero().squeeze(1)      # lm_head, the largest product, sees no padding
         h, targets = h[:, :-1].flatten(0, 1)[real], ids[:, -T:].flatten()[real]
         logp = token_logp(h, targets, self.lm.get_output_embeddings(), temperature)
         return logp.new_zeros(len(ids) * T).index_copy(0, real, logp).view(-1, T)
@@ -256,7 +250,7 @@ class LM(nn.Module):
 class TokenLogp(torch.autograd.Function):
     """log softmax(logits / temperature)[targets], fp32: (N, V), (N,) -> (N,).
 
-    The logits are the largest tensor of all. They are kept once, in their own dtype, and become their own gradient.
+    The logits, the largest tensor of all, are kept once, in their own dtype, and become their own gradient.
     """
 
     @staticmethod
@@ -272,18 +266,18 @@ class TokenLogp(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, lse = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
-        p = logits.float().div_(ctx.temperature).sub_(lse[:, None]).exp_().mul_(-grad)      # fp32 logits: in place
+        p = logits.float().div_(ctx.temperature).sub_(lse[:, None]).exp_().mul_(-grad)      # fp32: in place
         return logits.copy_(p.scatter_add_(1, targets[:, None], grad)).detach(), None, None
 
 
 def token_logp(hidden, targets, lm_head, temperature=1.0):
     """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,).
 
-    In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits never exist at once. A
-    single chunk is kept instead, as its backward pass would hold it anyway.
+    In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits never exist at once.
+    A single chunk is kept instead, as its backward pass would hold it anyway.
     """
     n = max(1, -(-len(targets) // CHUNK))
-    if hasattr(lm_head.weight, "ds_id"):                # ZeRO-3 gathers the head at each call: as many on every rank
+    if hasattr(lm_head.weight, "ds_id"):                # ZeRO-3 gathers the head at each call, on all ranks
         n = all_max(n)
 
     def logp(h, y):
@@ -300,32 +294,23 @@ def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kw
     """model's forward on `size` rows at a time, in this order -> (B, ...) in the rows' own order."""
     parts = []
     for rows in order.split(size):
-        cache = prefix(len(rows)) if prefix else None
-        parts.append(model(ids[rows], attn[rows], T, cache=cache, **kwargs))
+        parts.append(model(ids[rows], attn[rows], T, cache=prefix and prefix(len(rows)), **kwargs))
     return torch.cat(parts)[order.argsort()]
 
 
 def read_prefix(model, prefix, adapter, head, device):
-    """Read once what stands in front of many rows: ids -> rows(n), the cache of n such rows for `LM.forward`.
-
-    Every rank runs the forward, also one whose prefix is empty, or ZeRO-3 would hang.
-    """
-    cache = DynamicCache() if all_max(len(prefix)) else None
-    if cache is not None:
+    """Read once what stands in front of many rows: ids -> rows(n), the cache of n such rows for `LM.forward`."""
+    cache = DynamicCache()
+    if all_max(len(prefix)):                            # at ZeRO-3 on all ranks, also where the prefix is empty
         ids = torch.tensor([prefix or [0]], device=device)
         model(ids, torch.ones_like(ids), 0, adapter, head=head, cache=cache)
 
     def rows(n):
-        if not prefix:
-            return None
-        own = DynamicCache()                            # a forward appends to its cache: the one read stays as it is
-        for layer in cache.layers:
-            own.layers.append(copy.copy(layer))
-            own.layers[-1].keys = layer.keys.expand(n, -1, -1, -1)
-            own.layers[-1].values = layer.values.expand(n, -1, -1, -1)
+        own = copy.deepcopy(cache)                      # a forward appends to its cache
+        own.batch_repeat_interleave(n)
         return own
 
-    return rows
+    return rows if prefix else None
 
 
 class Decoder:
@@ -354,26 +339,30 @@ class Decoder:
         self.logits = self.step(token[:, None])
 
 
-def load_model(path, trainable=True):
-    """A causal LM from a transformers folder or hub id, bf16 on CUDA, fp32 on a CPU, with every dropout at 0."""
-    cuda = torch.cuda.is_available()
+def load_model(path, trainable=True, recompute=False):
+    """A causal LM from a transformers folder or hub id, bf16 on CUDA, fp32 on a CPU, with every dropout at 0.
+
+    recompute: --gradient-checkpointing, which works in train() mode only.
+    """
     try:
         config = AutoConfig.from_pretrained(path)
         for key, value in vars(config).items():         # rollouts and updates must see the same policy
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        if getattr(config, "activation_function", None) == "gelu_new":      # GPT-2's, eight operations: here a fused one
+        if getattr(config, "activation_function", None) == "gelu_new":      # GPT-2's eight operations, fused
             config.activation_function = "gelu_pytorch_tanh"
-        lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True,
-                                                  dtype=torch.bfloat16 if cuda else torch.float32)
+        dtype = torch.bfloat16 if CUDA else torch.float32
+        lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
-    model = LM(lm.requires_grad_(trainable)).to("cuda" if cuda else "cpu")
-    with torch.no_grad():                               # token_logp knows no soft cap and no scale: compare one row
+    model = LM(lm.requires_grad_(trainable)).to("cuda" if CUDA else "cpu")
+    if recompute:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    with torch.no_grad():                               # token_logp knows no soft cap or scale: compare a row
         ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size
         logp = lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16 rounds
-            die(f"{path}: this architecture changes the logits after its head; add that to token_logp in common.py first")
+            die(f"{path}: this architecture changes the logits after its head; add that to token_logp first")
     return model
 
 
@@ -382,13 +371,13 @@ def missing_model(path, error):
     parts = os.path.normpath(path).split(os.sep)
     if os.path.isdir(path):
         return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
+    if parts[0] == "data":
+        return f"{path}: no model there; make it with: python data/toy.py"
     if parts[0] == "out" and len(parts) == 4:           # out/MODEL/STAGE/model
         stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2], "the stage before")
         return f"{path}: no model there; make it with: python {stage} --model {parts[1]}"
-    if parts[0] == "data":
-        return f"{path}: no model there; make it with: python data/toy.py"
-    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; log in with `hf auth login` and "
-            "accept its licence there, or give --model a local folder")
+    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; log in with `hf auth login` "
+            "and accept its licence there, or give --model a local folder")
 
 
 def check_context(model, tokens, flags):
@@ -398,7 +387,7 @@ def check_context(model, tokens, flags):
         die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DeepSpeed
 
 
@@ -409,26 +398,25 @@ def ds_config(args, model, rows, accum=1):
             config = json.load(f)
     except (OSError, ValueError) as e:
         die(f"--ds-config {args.ds_config}: {e}")
-    zero = config.setdefault("zero_optimization", {})
-    decided = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer",
-               "scheduler", "fp16"} & set(config) | {"zero_optimization.stage"} & {f"zero_optimization.{k}" for k in zero}
-    if decided:
-        die(f"--ds-config {args.ds_config}: {', '.join(decided)}: the flags decide that; take it out of the file")
-    zero["stage"] = args.zero
+    decided = dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
+    for key in {"train_batch_size", "optimizer", "scheduler", "fp16", *decided} & set(config):
+        die(f"--ds-config {args.ds_config}: {key}: the flags decide that; take it out of the file")
+    if "stage" in config.setdefault("zero_optimization", {}):
+        die(f"--ds-config {args.ds_config}: zero_optimization.stage: --zero decides that; take it out of the file")
+    config["zero_optimization"]["stage"] = args.zero
     if args.offload:                                    # with torch's own AdamW, which needs no compiler
-        zero["offload_optimizer"] = dict(device="cpu", pin_memory=torch.cuda.is_available())
+        config["zero_optimization"]["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
         config["zero_force_ds_cpu_optimizer"] = False
-    bf16 = dict(enabled=next(model.parameters()).dtype == torch.bfloat16)
-    return config | dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum, bf16=bf16)
+    return config | decided | dict(bf16=dict(enabled=next(model.parameters()).dtype == torch.bfloat16))
 
 
 def engine(model, args, lr, rows, accum=1):
-    """DeepSpeed engine with fused AdamW over the trainable parameters; `rows` per forward on a rank, `accum` forwards."""
+    """DeepSpeed engine with fused AdamW over the trainable parameters: `accum` forwards of `rows` rows per update."""
 
     def layer(item):
         return (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
 
-    # One optimizer group per layer: ZeRO-1/2 upcast the gradients one group at a time (19 GB at 3B if all are one).
+    # One optimizer group per layer: ZeRO-1/2 upcast the gradients of one group at a time (all: 19 GB at 3B).
     trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -448,8 +436,8 @@ def frozen(model, args):
 def actor(model, args):
     """The module that rollouts decode with. Call it before `engine`, and `refresh` before each rollout.
 
-    Below ZeRO-3 the model itself. At ZeRO-3 every token would gather every layer again, so a plain copy decodes: the
-    weights once more per GPU, and ranks may stop at different lengths.
+    Below ZeRO-3 the model itself. At ZeRO-3 every token would gather every layer again, so a plain copy decodes:
+    the weights once more per GPU, and ranks may stop at different lengths.
     """
     return copy.deepcopy(model).requires_grad_(False).eval() if args.zero == 3 else model
 
@@ -467,7 +455,7 @@ def set_lr(engine, lr):
         group["lr"] = lr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text to tokens, tokens to the frame: one template for every stage
 
 
@@ -480,8 +468,9 @@ def load_tokenizer(path):
     if tok.eos_token_id is None:
         die(f"{path}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")
     if tok.pad_token_id in (None, tok.eos_token_id):
+        vocab = tok.get_vocab()
         spare = "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", tok.unk_token, tok.bos_token
-        ids = [tok.get_vocab()[token] for token in spare if token in tok.get_vocab()] + [0, 1]
+        ids = [vocab[token] for token in spare if token in vocab] + [0, 1]
         tok.pad_token = tok.convert_ids_to_tokens(next(i for i in ids if i != tok.eos_token_id))
     return tok
 
@@ -499,7 +488,7 @@ def only_text(tok, text):
 
 def encode_prompt(tok, prompt):
     """Prompt (a string, or a list of {role, content}) -> ids up to where the response begins, bos at most once."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     return list(encode_messages(tok, tuple((m["role"], only_text(tok, m["content"])) for m in messages)))
 
 
@@ -511,10 +500,8 @@ def encode_messages(tok, messages):
     else:
         text = "".join(f"### {role.capitalize()}:\n{text}\n\n" for role, text in messages)
         ids = tok(text + "### Assistant:\n")["input_ids"]
-        ids = ids[:-1] if ids[-1] == tok.eos_token_id else ids
-    while ids[:2] == [tok.bos_token_id] * 2:
-        ids = ids[1:]
-    return ids
+    ids = ids[:-1] if ids[-1] == tok.eos_token_id and not tok.chat_template else ids
+    return ids[1:] if ids[:2] == [tok.bos_token_id] * 2 else ids
 
 
 def encode_response(tok, text):
@@ -529,7 +516,7 @@ def append_to_prefix(tok, prefix, ids):
 
 
 def prepend_tau(tok, tau, prompt, room, tau_length):
-    """tau, a list of (prompt ids, response ids), in front of a prompt: the first tau_length tokens of each response.
+    """tau, a list of (prompt ids, response ids), in front of a prompt; responses are cut to tau_length tokens.
 
     Pairs that do not fit into `room` tokens, prompt included, are left out.
     """
@@ -541,7 +528,7 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
 
 
 def frame(prompts, responses, pad, device="cpu"):
-    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T). All ranks get the same T, or ZeRO-3 would hang."""
+    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), with one T on all ranks, or ZeRO-3 would hang."""
     P, T = max(map(len, prompts)), all_max(max(map(len, responses)))
     ids = torch.full((len(prompts), P + T), pad)
     attn = torch.zeros_like(ids)
@@ -552,7 +539,7 @@ def frame(prompts, responses, pad, device="cpu"):
 
 
 def append_responses(ids, attn, response, mask, pad):
-    """Prompts (B, P) and what a rollout sampled, (B, T) each, as one frame with the longest response of all ranks."""
+    """Prompts (B, P) and what a rollout sampled, (B, T), as one frame with the longest response of all ranks."""
     T = all_max(int(mask.any(0).sum()))
     response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])), value=pad)
     mask = F.pad(mask[:, :T], (0, max(0, T - mask.shape[1])))
@@ -565,20 +552,14 @@ def unpad(ids, mask):
 
 
 def sort_by_length(order, attn, size):
-    """Row numbers (B,), each optimizer batch of `size` sorted by length: micro-batches of rows of similar length."""
+    """Row numbers (B,), each optimizer batch of `size` sorted by length, so that micro-batches hold little padding."""
     length = attn.sum(1)
     return torch.cat([rows[length[rows].argsort(stable=True)] for rows in order.to(attn.device).split(size)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, n=256):
-    """Roll out about n held-out prompts with the stage's own `rollout`: gold reward, KL to the reference, length, ended.
-
-    Prints them and writes them to OUT/summary.json.
-    """
+    """Roll out about n held-out prompts: gold reward, KL to the reference, length, ended -> OUT/summary.json."""
     step = args.batch_size * world()
     sums, count = {}, -(-n // step)
     policy.eval()
@@ -589,10 +570,10 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
         ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, device, adapter)
         logp = policy(ids, attn, mask.shape[1], adapter, temperature=args.temperature)
         ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
-        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(),
-                     ended=ended.float().mean())
+        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean())
+        found["ended"] = ended.float().mean()
         if reward:
-            texts = [tok.decode(r, skip_special_tokens=True) for r in unpad(ids, mask)]
+            texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
             found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / count

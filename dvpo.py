@@ -11,11 +11,11 @@ Objective, eq. (3) of arXiv 2502.16944 v1 (all equation numbers here are v1's), 
     A_t = Q~(tau, s_t, a_t) - kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t))
 
 Q~ is the GVM's value of the token a_t, normalised, eq. (2); tau is question-answer pairs from the policy's
-latest rollouts. PPO has four roles here and trains two of them. This trains one and holds two models: a frozen
-trunk is the reference (adapter off) and the GVM (adapter on). `diff dvpo.py ppo_baseline.py` is the method.
+latest rollouts. PPO has four roles and trains two of them. This trains one and holds two models: a frozen
+trunk is reference (adapter off) and GVM (adapter on). `diff dvpo.py ppo_baseline.py` is the method.
 
 Deviations from the paper
-1. Q~ is centred on the rollout batch, but its sigma is at least that of the GVM's training: once responses are
+1. Q~ is centred on the rollout batch, but its sigma is at least that of the GVM's training: once answers are
    good, dividing by the shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
 2. The default, --advantage delta, is Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the
    textbook advantage, which a frozen Q over deterministic transitions gives for free. --advantage q: A = Q~.
@@ -54,21 +54,17 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
                    help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length,
-                   help="tokens; longer prompts lose their beginning")
+    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, cut at left")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, always")
-    p.add_argument("--static-cache", action="store_true",
-                   help="roll out with a KV cache of full length and, on CUDA, one graph per step: for speed")
+    p.add_argument("--static-cache", action="store_true", help="roll out by a CUDA graph, for speed")
     p.add_argument("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
     p.add_argument("--advantage", choices=("q", "delta"), default=d.advantage,
                    help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]")
     p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target,
-                   help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
-    p.add_argument("--kl-stop", type=float, default=0.1,
-                   help="inner epochs end once KL(old, new) per token exceeds 1.5 times this (paper 0.1)")
+    p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response (Ziegler: 6)")
+    p.add_argument("--kl-stop", type=float, default=0.1, help="per token, ends inner epochs (paper 0.1)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     return common.parse(p, argv)
@@ -125,26 +121,26 @@ def advantage(q, mask, kind, sigma):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, heldout = common.Rows(args.data, ["prompt"]), common.Rows(args.heldout, ["prompt"])
+    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
     reward = common.load_function(args.reward)
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
 
     # Models: the policy, and one frozen trunk for reference and GVM. With --lora the policy is its adapter.
-    trunk = common.load_model(args.init_from, trainable=False)
+    recompute = args.gradient_checkpointing
+    trunk = common.load_model(args.init_from, trainable=False, recompute=recompute)
     length = args.max_prompt_length + args.max_new_tokens
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
     tau_room = meta["max_length"] // 2                            # tokens of tau and prompt together
     common.check_context(trunk, tau_room + args.max_new_tokens, "--max-new-tokens after tau")
     tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
-    model, adapter = (trunk, "policy") if args.lora else (common.load_model(args.init_from), None)
+    model, adapter = trunk, "policy"
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
-    if args.gradient_checkpointing:
-        model.checkpoint_blocks()
-    models = {"policy, reference, GVM": model} if args.lora else {"policy": model, "reference, GVM": trunk}
-    kv_cache = args.batch_size, length
+    else:
+        model, adapter = common.load_model(args.init_from, recompute=recompute), None
+    models, kv_cache = {"policy": model} | ({} if args.lora else {"frozen": trunk}), (args.batch_size, length)
     common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
@@ -158,7 +154,7 @@ def main(argv=None):
     shown = "gold", "kl", "q_mean", "ended", "length"
     metrics = common.Metrics(args.out, args.max_steps, "dvpo", shown, policy, first)
     kl_coef = state.get("kl_coef", args.kl_coef)
-    buffer = state.get("buffer")                                  # prompt and response ids of the last rollouts
+    buffer = state.get("buffer")                                  # prompts and responses of the last rollouts
 
     for step in range(first, args.max_steps):
         clock = common.Clock()
@@ -175,9 +171,9 @@ def main(argv=None):
         with clock("score"), torch.no_grad():
             # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
             order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
-            rows, temperature = (ids, attn, T, order, args.mini_batch_size), args.temperature
-            old_logp = common.forward_in_micro_batches(policy, *rows, adapter=adapter, temperature=temperature)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=temperature)       # (B, T)
+            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
+            old_logp = common.forward_in_micro_batches(policy, *rows, adapter=adapter, **sampled)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
 
             # 3. value, given tau: some of the policy's own latest answers, read once for all rows
             rng = np.random.default_rng([args.seed, step, common.rank()])
@@ -189,7 +185,7 @@ def main(argv=None):
             rows = gvm_ids, gvm_attn, T, order, args.mini_batch_size
             q = common.forward_in_micro_batches(trunk, *rows, cache, adapter="gvm", head="gvm")     # (B, T+1)
             buffer = prompts, responses
-            del cache                                             # its memory serves the update
+            del cache                                             # frees memory for the update
 
         # 4. advantage
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)

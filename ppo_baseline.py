@@ -5,21 +5,19 @@ Reads   {prompt} rows                                   data/toy/prompts.jsonl
         the reward model on that trunk                  out/tiny/rm/model, trained first where there is none
 Writes  the policy, a transformers folder               out/tiny/ppo/model
 
-Reward model (Bradley-Terry): L = -log sigmoid(r(x, chosen) - r(x, rejected)), read at the last token. PPO: eq. (3) of
-arXiv 2502.16944 v1 with
+Reward model (Bradley-Terry): L = -log sigmoid(r(x, chosen) - r(x, rejected)), read at the last token. PPO:
+eq. (3) of arXiv 2502.16944 v1 with
 
     reward_t = -kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t)) + [t is the last token] r(x, y)
     A = GAE(reward, V), gamma 1, lambda 0.95, whitened;   G = A + V_old
     critic: 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2)
 
-The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share one frozen trunk,
-as reference and GVM do in dvpo.py: PPO has every saving that DVPO has but --lora.
+The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share a frozen
+trunk, as reference and GVM do in dvpo.py: PPO has every saving that DVPO has but --lora.
 
 Choices that the paper leaves open
-1. Rewards are the reward model's scores less their mean, divided by their standard deviation, both over the last 100
-   batches of its training.
-2. A response without <eos> pays --missing-eos-penalty.
-3. KL coefficient and early stop as in dvpo.py.
+1. Rewards are the reward model's scores, standardised by those of the last 100 batches of its training.
+2. A response without <eos> pays --missing-eos-penalty. KL coefficient and early stop are as in dvpo.py.
 
     python ppo_baseline.py                                          the embedded world on a CPU
     python ppo_baseline.py --model llama3-3b                        one GPU
@@ -32,7 +30,6 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import ConcatDataset
 
 import common
 
@@ -42,10 +39,9 @@ def parse_args(argv=None):
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
     p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
-    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model; trained first if it is not there")
-    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of the reward model")
-    p.add_argument("--gold", default=d.reward,
-                   help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
+    p.add_argument("--rm", default=f"{d.out}/rm/model", help="reward model; trained first if not there")
+    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
+    p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
     p.add_argument("--out", default=f"{d.out}/ppo", help="folder to write")
     p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollouts (paper, fig. 3: about 450)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
@@ -53,35 +49,31 @@ def parse_args(argv=None):
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
     p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
-    p.add_argument("--critic-lr", type=float, default=d.critic_lr, help="learning rate of the critic (paper 2e-6)")
+    p.add_argument("--critic-lr", type=float, default=d.critic_lr, help="of the critic (paper 2e-6)")
     p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
                    help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length,
-                   help="tokens; longer prompts lose their beginning")
+    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, cut at left")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, always")
-    p.add_argument("--static-cache", action="store_true",
-                   help="roll out with a KV cache of full length and, on CUDA, one graph per step: for speed")
+    p.add_argument("--static-cache", action="store_true", help="roll out by a CUDA graph, for speed")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token")
     p.add_argument("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
-    p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3), and of the value clip (paper: not given)")
+    p.add_argument("--clip", type=float, default=0.2, help="eps, also of the value clip (paper: not given)")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target,
-                   help="nats per response that the coefficient adapts to (Ziegler et al. 6)")
-    p.add_argument("--kl-stop", type=float, default=0.1,
-                   help="inner epochs end once KL(old, new) per token exceeds 1.5 times this (paper 0.1)")
+    p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response (Ziegler: 6)")
+    p.add_argument("--kl-stop", type=float, default=0.1, help="per token, ends inner epochs (paper 0.1)")
     rm = p.add_argument_group("reward model")
-    rm.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows {prompt, chosen, rejected}")
+    rm.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
     rm.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
-    rm.add_argument("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate, linear decay (paper 2e-5)")
-    rm.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step and GPU (paper 4)")
+    rm.add_argument("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate (paper 2e-5)")
+    rm.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step (paper 4)")
     rm.add_argument("--rm-epochs", type=float, default=d.rm_epochs, help="passes over the pairs (paper 2)")
     rm.add_argument("--rm-max-steps", type=int, help="stop after so many steps, whatever --rm-epochs says")
     rm.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
     rm.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
-    rm.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="adapter scale is alpha / rank (paper 32)")
-    rm.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="before the adapter (paper 0.1)")
+    rm.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
+    rm.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
     return common.parse(p, argv)
 
 
@@ -150,30 +142,23 @@ def pairwise_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def last_value(values, mask):
-    """Values (B, T+1) -> those at the last token of each response, (B,)."""
-    return values.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
-
-
 def scores(model, ids, attn, mask):
-    """The reward model's score of each response: (B,)."""
-    return last_value(model(ids, attn, mask.shape[1], "rm", head="rm"), mask)
+    """The reward model's head at the last token of each response: (B,)."""
+    return model(ids, attn, mask.shape[1], "rm", head="rm").gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
 
 def train_reward_model(args, tok, device):
     """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
-    keys = ["prompt", "chosen", "rejected"]
-    train = ConcatDataset([common.Rows(path, keys) for path in args.pairs])
-    heldout = common.Rows(args.pairs_heldout, keys)
-    rm = common.load_model(args.init_from, trainable=False)
+    keys = "prompt", "chosen", "rejected"
+    train = [row for path in args.pairs for row in common.read_rows(path, keys)]
+    heldout = common.read_rows(args.pairs_heldout, keys)
+    rm = common.load_model(args.init_from, trainable=False, recompute=args.gradient_checkpointing)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")
     batch = args.rm_batch_size * common.world()
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
     out = os.path.dirname(args.rm)
     os.makedirs(out, exist_ok=True)
-    if args.gradient_checkpointing:
-        rm.checkpoint_blocks()
     common.memory_plan({"trunk, reward model": rm}, args, 2 * args.rm_batch_size, args.max_length)
     engine = common.engine(rm, args, args.rm_lr, args.rm_batch_size)
     common.seed(args)
@@ -183,10 +168,10 @@ def train_reward_model(args, tok, device):
 
     def forward(rows):
         """Scores of the chosen and the rejected response of each row, (B,), (B,)."""
-        prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows]
+        prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows] * 2
         responses = [common.encode_response(tok, r[side]) for side in ("chosen", "rejected") for r in rows]
-        responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts * 2, strict=True)]
-        return scores(engine, *common.frame(prompts * 2, responses, tok.pad_token_id, device)).chunk(2)
+        responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts, strict=True)]
+        return scores(engine, *common.frame(prompts, responses, tok.pad_token_id, device)).chunk(2)
 
     engine.train()
     seen = [x.to(device) for x in state.get("seen", [])]
@@ -197,30 +182,28 @@ def train_reward_model(args, tok, device):
         common.set_lr(engine, args.rm_lr * (1 - step / steps))
         engine.backward(loss)
         engine.step()
-        seen = (seen + [torch.cat([chosen, rejected]).detach()])[-100:]
+        seen = [*seen, torch.cat([chosen, rejected]).detach()][-100:]
         metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
         checkpoints.save(step, seen=seen)
 
     engine.eval()
-    right = []
+    right, seen = [], torch.cat(seen)
     with torch.no_grad():
         for step in range(-(-len(heldout) // batch)):
             index = common.batch_indices(len(heldout), batch, step, args.seed)
             chosen, rejected = forward([heldout[i] for i in index])
             right.append(chosen > rejected)
-    accuracy = common.mean_over_ranks(dict(accuracy=torch.cat(right).float().mean()))["accuracy"]
-    seen = torch.cat(seen)
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
-    common.save_adapter(rm, "rm", tok, args.rm, mean=mean.item(), std=std.item(), accuracy=accuracy, init_from=args.init_from)
+    meta = common.mean_over_ranks(dict(mean=mean, std=std, accuracy=torch.cat(right).float().mean()))
+    common.save_adapter(rm, "rm", tok, args.rm, init_from=args.init_from, **meta)
     if common.rank() == 0:
-        print(f"reward model: held-out pair accuracy {accuracy:.3f}; wrote {args.rm}")
+        print(f"reward model: held-out pair accuracy {meta['accuracy']:.3f}; wrote {args.rm}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    data, heldout = common.Rows(args.data, ["prompt"]), common.Rows(args.heldout, ["prompt"])
-    reward = common.load_function(args.reward)
-    gold_reward = common.load_function(args.reward or args.gold)
+    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
+    reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
 
@@ -231,16 +214,12 @@ def main(argv=None):
     length = args.max_prompt_length + args.max_new_tokens
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     if reward is None:
-        made_by = f"rm -r {args.rm}; python ppo_baseline.py --model {args.model}"
-        meta = common.load_adapter(trunk, tok, args.rm, made_by)
-    model, critic_model = common.load_model(args.init_from), common.load_model(args.init_from)
+        meta = common.load_adapter(trunk, tok, args.rm, f"rm -r {args.rm}; python ppo_baseline.py")
+    model = common.load_model(args.init_from, recompute=args.gradient_checkpointing)
+    critic_model = common.load_model(args.init_from, recompute=args.gradient_checkpointing)
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")
-    if args.gradient_checkpointing:
-        model.checkpoint_blocks()
-        critic_model.checkpoint_blocks()
-    models = {"policy": model, "critic": critic_model, "reference, reward model": trunk}
-    kv_cache = args.batch_size, length
+    models, kv_cache = {"policy": model, "critic": critic_model, "frozen": trunk}, (args.batch_size, length)
     common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
@@ -272,19 +251,19 @@ def main(argv=None):
         with clock("score"), torch.no_grad():
             # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
             order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
-            rows, temperature = (ids, attn, T, order, args.mini_batch_size), args.temperature
-            old_logp = common.forward_in_micro_batches(policy, *rows, temperature=temperature)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=temperature)       # (B, T)
+            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
+            old_logp = common.forward_in_micro_batches(policy, *rows, **sampled)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
 
             # 3. value of the critic before each token, and the reward of the whole response
             values = common.forward_in_micro_batches(critic, *rows, head="critic")[:, :-1]          # (B, T)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
-            if reward:
+            if reward:                                                                              # (B,)
                 score = [float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts, strict=True)]
-                score = torch.tensor(score, device=device)                                          # (B,)
+                score = torch.tensor(score, device=device)
             else:
-                at_end = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
-                score = (last_value(at_end, mask) - meta["mean"]) / meta["std"]
+                score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
+                score = (score.gather(1, mask.sum(1, keepdim=True)).squeeze(1) - meta["mean"]) / meta["std"]
 
         # 4. advantage
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
@@ -320,8 +299,8 @@ def main(argv=None):
                         v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
                         critic.backward(v_loss * share * scale)
                         critic.step()
-                        stat |= dict(loss=loss.detach(), value_loss=v_loss.detach())
-                        stats.append(dict(stat, n=mask[m].sum()))
+                        stat |= dict(loss=loss.detach(), value_loss=v_loss.detach(), n=mask[m].sum())
+                        stats.append(stat)
                     updates += 1
                 kl_step = common.token_mean(stats[done:], "kl_step")
                 if common.mean_over_ranks(dict(kl=kl_step))["kl"] > 1.5 * args.kl_stop:
@@ -329,8 +308,8 @@ def main(argv=None):
 
         # 6. log, save, adapt the KL coefficient
         row = {key: common.token_mean(stats, key) for key in ("loss", "value_loss", "clip_frac", "kl_step")}
-        if gold_reward:
-            row["gold"] = np.mean([gold_reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
+        if gold:
+            row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         q_mean, q_std = common.masked_moments(values, mask)
         adv_std = common.masked_moments(adv, mask)[1]
         row |= dict(clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
@@ -345,7 +324,7 @@ def main(argv=None):
 
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold_reward, args, device)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 Reads   {prompt, response} rows                    data/toy/sft.jsonl
 Writes  a transformers folder and metrics.jsonl    out/tiny/sft/model
 
-Objective: cross-entropy on the response tokens alone, <eos> included, a mean over the tokens of the whole batch.
-AdamW, cosine decay, 2 warm-up steps, batch 16, 3 epochs (appendix A of arXiv 2502.16944 v1, the paper).
+Objective: cross-entropy on the response tokens, <eos> included, a mean over the tokens of the whole batch.
+AdamW, cosine decay, 2 warm-up steps, batch 16, 3 epochs (arXiv 2502.16944 v1, appendix A: "the paper").
 
 Deviations from the paper
-1. It gives one batch size for 8 GPUs. Here every batch size is per GPU, the only reading under which its batches of
-   4 and 8 can be split over 8 GPUs.
+1. It gives one batch size for 8 GPUs. Here every batch size is per GPU, the only reading under which its
+   batches of 4 and 8 can be split over 8 GPUs.
 
     python sft.py                                               the embedded world on a CPU
     python sft.py --model llama3-3b                             one GPU
@@ -25,18 +25,17 @@ import common
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "sft")
     p.add_argument("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
-    p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows {prompt, response} to measure on")
-    p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to sample from")
+    p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows to measure on")
+    p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")
     p.add_argument("--init-from", default=d.id, help="transformers folder or hub id to start from")
     p.add_argument("--out", default=f"{d.out}/sft", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 16)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per batch, to save memory")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
-    p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="steps of linear warm-up (paper 2)")
+    p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="of linear warm-up (paper 2)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length,
-                   help="tokens of prompt (at most half of them) and response")
+    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens; prompts get half at most")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
     p.add_argument("--reward", default=d.reward,
                    help="FILE.py:function(prompt, response) -> float, scores samples at the end")
@@ -44,7 +43,7 @@ def parse_args(argv=None):
 
 
 def sft_loss(logp, mask, n_tokens):
-    """Cross-entropy, (B, T) -> scalar: the sum over this micro-batch by the token count of the whole batch."""
+    """Cross-entropy, (B, T) -> scalar: sum over this micro-batch by the tokens of the whole batch."""
     return -(logp * mask).sum() / n_tokens
 
 
@@ -68,10 +67,10 @@ def heldout_loss(policy, tok, rows, args, device):
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
     step = args.batch_size * common.world()
     for i in range(0, len(rows), step):
-        index = range(i + common.rank(), i + step, common.world())             # as many forwards on every rank
+        index = range(i + common.rank(), i + step, common.world())           # as many on every rank
         encoded = encode(tok, [rows[j % len(rows)] for j in index], args.max_length)
         ids, attn, mask = common.frame(*encoded, tok.pad_token_id, device)
-        mask = mask & torch.tensor([j < len(rows) for j in index], device=device)[:, None]     # count no row twice
+        mask = mask & torch.tensor([j < len(rows) for j in index], device=device)[:, None]   # no row twice
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
     return (common.all_sum(total) / common.all_sum(count).clamp(min=1)).item()
@@ -82,9 +81,9 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
     """Mean reward of about n sampled answers to the held-out prompts, this rank's share."""
     from transformers import GenerationConfig
 
-    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=args.max_new_tokens,
-                             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    own, actor.lm.generation_config = actor.lm.generation_config, plain        # or generate() fills gaps from its own
+    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.pad_token_id,
+                             eos_token_id=tok.eos_token_id, max_new_tokens=args.max_new_tokens)
+    own, actor.lm.generation_config = actor.lm.generation_config, plain     # it would fill gaps in `plain`
     scores, step = [], args.batch_size * common.world()
     for i in range(0, n, step):
         index = range(i + common.rank(), i + step, common.world())
@@ -100,16 +99,14 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
 
 def main(argv=None):
     args = parse_args(argv)
-    train = common.Rows(args.data, ["prompt", "response"])
-    heldout = common.Rows(args.heldout, ["prompt", "response"])
+    train = common.read_rows(args.data, ["prompt", "response"])
+    heldout = common.read_rows(args.heldout, ["prompt", "response"])
     reward = common.load_function(args.reward)
-    prompts = common.Rows(args.prompts, ["prompt"]) if reward else None
+    prompts = common.read_rows(args.prompts, ["prompt"]) if reward else None
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
-    model = common.load_model(args.init_from)
+    model = common.load_model(args.init_from, recompute=args.gradient_checkpointing)
     common.check_context(model, args.max_length, "--max-length")
-    if args.gradient_checkpointing:
-        model.checkpoint_blocks()
     micro_rows = args.batch_size // args.grad_accum
     common.memory_plan({"policy": model}, args, micro_rows, args.max_length, args.max_length)
     actor = common.actor(model, args) if reward else model
@@ -134,9 +131,8 @@ def main(argv=None):
         lr = args.lr * cosine(step, steps, args.warmup_steps)
         common.set_lr(policy, lr)
         loss = torch.zeros((), device=device)
-        for rows_m in torch.arange(args.batch_size).split(micro_rows):
-            logp = policy(ids[rows_m], attn[rows_m], mask.shape[1])
-            loss_m = sft_loss(logp, mask[rows_m], n_tokens)
+        for m in torch.arange(args.batch_size).split(micro_rows):
+            loss_m = sft_loss(policy(ids[m], attn[m], mask.shape[1]), mask[m], n_tokens)
             policy.backward(loss_m * args.grad_accum * common.world())       # DeepSpeed divides by both
             policy.step()
             loss += loss_m.detach()

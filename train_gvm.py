@@ -1,25 +1,26 @@
-"""Stage 2: the global value model, Q(tau, s, a), trained offline on the data that a reward model would have used.
+"""Stage 2: the global value model, Q(tau, s, a), trained offline on the data that a reward model would use.
 
 Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rejected[, chosen_policy,
         rejected_policy]}, which become two rows of reward +1 and -1        data/toy/gvm.jsonl
         the SFT model, which becomes the trunk                              out/tiny/sft/model
 Writes  a LoRA adapter and a scalar head on that trunk                      out/tiny/gvm/model
 
-tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the prompt
-in the same template. Objective: eq. (1) where lambda = 0, here 0.95 (equations of arXiv 2502.16944 v1):
+tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the
+prompt in the same template. Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
 
-    L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,  G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}),
-    and G = the reward of the whole response at its last token; no gradient flows into G.
+    L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,
+    G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}), and the reward of the response at its last token.
 
-Q is also trained at the last prompt token, t = -1, towards gamma G_0: V(s_0), what this policy will get on this prompt.
+No gradient flows into G. Q is also trained at the last prompt token, t = -1, towards gamma G_0: V(s_0), what
+this policy will get on this prompt.
 
 Deviations from the paper
 1. TD(lambda) with lambda 0.95. The paper's lambda = 0 carries the reward back by one token per update.
-2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its running mean and
-   sigma are saved either way; the sigma bounds the divisor of dvpo.py's advantage from below.
+2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its running
+   mean and sigma are saved either way; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
-4. Of each answer in tau only the first --tau-length tokens are read, and tau and prompt get half of --max-length:
-   three whole answers of 1,024 tokens would leave no room for the response.
+4. Answers in tau are cut to --tau-length tokens, and tau and prompt get half of --max-length: three whole
+   answers of 1,024 tokens would leave no room for the response.
 
     python train_gvm.py                                         the embedded world on a CPU
     python train_gvm.py --model llama3-3b                       one GPU
@@ -29,8 +30,6 @@ Deviations from the paper
     python train_gvm.py --show "review the soup ." "the soup was not bland ." --policy good         figure 4
 """
 import argparse
-import array
-import bisect
 import itertools
 import json
 import math
@@ -44,33 +43,30 @@ import common
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "gvm")
-    p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs to train on")
-    p.add_argument("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows or pairs to measure on")
-    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: trunk, and dvpo.py's reference")
-    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="adapter folder that --eval-only and --show load")
+    p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs")
+    p.add_argument("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows to measure on")
+    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: the trunk")
+    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 32)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per batch, to save memory")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length,
-                   help="tokens of tau, prompt (together half of them) and response (paper 1024)")
-    p.add_argument("--td-lambda", type=float, default=0.95,
-                   help="0: one-step TD, eq. (1); 1: every token's target is the reward (paper 0)")
+    p.add_argument("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
+    p.add_argument("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
-                   help="normalise the predictions in the loss, eq. (2) (paper: yes)")
-    p.add_argument("--tau-pairs", type=int, help="most question-answer pairs in tau, 0 for no tau "
-                   f"(default: {d.tau_pairs}, or as --gvm was trained; paper: not given)")
-    p.add_argument("--tau-length", type=int, default=d.tau_length, help="tokens of an answer in tau (paper: not given)")
+                   help="normalise Q in the loss, eq. (2) (paper: yes)")
+    p.add_argument("--tau-pairs", type=int, help=f"most pairs in tau (default: {d.tau_pairs} or --gvm's)")
+    p.add_argument("--tau-length", type=int, default=d.tau_length, help="of each answer in tau (paper: all)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
-    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="adapter scale is alpha / rank (paper 32)")
-    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="before the adapter (paper 0.1)")
-    p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> true value")
+    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
+    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
+    p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> value")
     p.add_argument("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
-    p.add_argument("--min-gap", type=float, default=0.0, help="least difference of rewards in a pair of table 4")
-    p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="do not train; print values of tokens")
+    p.add_argument("--min-gap", type=float, default=0.0, help="table 4: least gap of rewards")
+    p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
     p.add_argument("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
     args = common.parse(p, argv)
     if args.tau_pairs is None and not (args.eval_only or args.show):
@@ -78,15 +74,14 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
 def td_targets(q, score, mask, gamma, lam):
     """TD(lambda) targets: q (B, T), score (B,), mask (B, T) -> (B, T), 0 outside the mask.
 
-    At the last masked token the target is score; before it, gamma ((1 - lam) q[t+1] + lam target[t+1]). lam = 0 is eq. (1),
-    lam = 1 is the discounted score. The mask is True from position 0 up to some token. Give it a detached q.
+    At the last masked token the target is score; before it, gamma ((1 - lam) q[t+1] + lam target[t+1]):
+    lam = 0 is eq. (1), lam = 1 the discounted score. mask is True from 0 up to some token; q is detached.
     """
     last = mask.sum(1) - 1                                                 # (B,)
     targets, target = torch.zeros_like(q), torch.zeros_like(score)
@@ -99,66 +94,41 @@ def td_targets(q, score, mask, gamma, lam):
 
 
 def batch_norm(x, mask, eps=1e-5):
-    """Eq. (2): (x - mu) / (sigma + eps) over the masked tokens of all rows and ranks; (B, T) -> (B, T), 0 outside the mask."""
+    """Eq. (2): (x - mu) / (sigma + eps) over the masked tokens of all ranks: (B, T) -> (B, T), 0 outside."""
     mean, std = common.masked_moments(x, mask)
     return (x - mean) / (std + eps) * mask
 
 
 def gvm_loss(q, reward, mask, args):
-    """Eq. (1) at t = -1 .. T-1: q (B, T+1), reward (B,), mask (B, T+1) -> sum over this micro-batch of squared TD errors."""
+    """Eq. (1) at t = -1 .. T-1: q (B, T+1), reward (B,), mask (B, T+1) -> sum of squared TD errors."""
     if args.batch_norm:
         q = batch_norm(q, mask)
     targets = td_targets(q.detach(), reward, mask, args.gamma, args.td_lambda)
     return ((targets - q) ** 2 * mask).sum()
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Offline data: rows, and tau
 
 
-class Labelled:
+class Labelled(list):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
     def __init__(self, paths):
-        self.files, self.ends = [], []                                     # files, and the rows up to their ends
-        self.by_policy, rewards = {}, array.array("d")                     # arrays: 8 bytes per row
-
-        def note(line, keys):
-            for row in self.sides(line, "chosen" in keys):
-                self.by_policy.setdefault(row["policy"], array.array("q")).append(len(rewards))
-                rewards.append(row["reward"])
-
+        super().__init__()
         for path in paths:
-            file, before = None, len(rewards)
-            file = common.Rows(path, ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"], on_row=note)
-            self.files.append((file, (len(rewards) - before) // len(file)))        # rows per line: a pair is two
-            self.ends.append(len(rewards))
-        low, *quartiles, high = np.quantile(rewards, [0, 0.25, 0.5, 0.75, 1])
-        named = [policy for policy in self.by_policy if policy is not None]
-        self.about = (f"{len(self)} rows, {len(named)} policies, reward mean {np.mean(rewards):.3f}, "
-                      f"sd {np.std(rewards):.3f}, min {low:.3f}, quartiles {quartiles[0]:.3f} {quartiles[1]:.3f} "
-                      f"{quartiles[2]:.3f}, max {high:.3f}")
-
-    def __len__(self):
-        return self.ends[-1]
-
-    @staticmethod
-    def sides(line, is_pair):
-        """A line of a file -> the one row it is, or the two of a pair."""
-        if not is_pair:
-            reward, policy = float(line["reward"]), line.get("policy")
-            return [dict(prompt=line["prompt"], response=line["response"], reward=reward, policy=policy)]
-        return [dict(prompt=line["prompt"], response=line[side], reward=reward, policy=line.get(side + "_policy"))
-                for side, reward in (("chosen", 1.0), ("rejected", -1.0))]
-
-    def __getitem__(self, i):
-        n = bisect.bisect_right(self.ends, i)
-        file, per_line = self.files[n]
-        i -= self.ends[n - 1] if n else 0
-        return self.sides(file[i // per_line], per_line == 2)[i % per_line]
+            kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
+            for line in common.read_rows(path, *kinds):
+                pair = ("chosen", 1, "chosen_policy"), ("rejected", -1, "rejected_policy")
+                sides = [("response", line["reward"], "policy")] if "reward" in line else pair
+                for side, reward, policy in sides:
+                    row = dict(response=line[side], reward=float(reward), policy=line.get(policy))
+                    self.append(dict(row, prompt=line["prompt"]))
+        self.by_policy = {}                                     # {policy: its rows' numbers}
+        for i, row in enumerate(self):
+            self.by_policy.setdefault(row["policy"], []).append(i)
 
     def tau(self, policy, prompt, pairs, rng):
-        """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy name."""
+        """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy."""
         own = self.by_policy[policy] if policy is not None and pairs else []
         drawn = (self[own[i]] for i in rng.choice(len(own), min(len(own), 2 * pairs), replace=False))
         return list(itertools.islice((row for row in drawn if row["prompt"] != prompt), pairs))
@@ -168,35 +138,37 @@ def encode(tok, rows, taus, args):
     """Rows and their tau -> lists of prompt ids (tau in front) and response ids."""
     prompts, responses, half = [], [], args.max_length // 2
     for row, tau in zip(rows, taus, strict=True):
-        tau = [(common.encode_prompt(tok, r["prompt"]), common.encode_response(tok, r["response"])) for r in tau]
+        pairs = [(common.encode_prompt(tok, t["prompt"]), common.encode_response(tok, t["response"]))
+                 for t in tau]
         prompt = common.encode_prompt(tok, row["prompt"])[-half:]
-        prompts.append(common.prepend_tau(tok, tau, prompt, half, args.tau_length))
+        prompts.append(common.prepend_tau(tok, pairs, prompt, half, args.tau_length))
         responses.append(common.encode_response(tok, row["response"])[:args.max_length - len(prompts[-1])])
     return prompts, responses
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Table 4, figure 4
 
 
 @torch.no_grad()
 def token_values(gvm, tok, rows, taus, args, device, batch=32):
-    """[(response ids, values (T+1,))] of all rows, every rank a share; values[0] is V(s_0), values[t+1] Q at a_t."""
-    found, step = {}, batch * common.world()
+    """[(response ids, values (T+1,))] of all rows; values[0] is V(s_0), values[t+1] Q at a_t."""
+    prompts, responses = encode(tok, rows, taus, args)
+    values, step = torch.zeros(len(rows), args.max_length + 1, device=device), batch * common.world()
     for i in common.Progress(range(0, len(rows), step), desc="values", leave=False):
-        own = [j % len(rows) for j in range(i + common.rank(), i + step, common.world())]      # as many on every rank
-        prompts, responses = encode(tok, [rows[j] for j in own], [taus[j] for j in own], args)
-        ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id, device)
-        q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm").cpu().numpy()
-        found |= {j: (r, v[:len(r) + 1]) for j, r, v in zip(own, responses, q, strict=True)}
-    found = common.gather_dicts(found)
-    return [found[j] for j in range(len(rows))]
+        own = range(i + common.rank(), i + step, common.world())       # as many on every rank: wraps around
+        some_prompts, some_responses = ([x[j % len(rows)] for j in own] for x in (prompts, responses))
+        ids, attn, mask = common.frame(some_prompts, some_responses, tok.pad_token_id, device)
+        q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm")
+        own = [j for j in own if j < len(rows)]
+        values[own, :q.shape[1]] = q[:len(own)]
+    values = common.all_sum(values).cpu().numpy()
+    return [(r, v[:len(r) + 1]) for r, v in zip(responses, values, strict=True)]
 
 
 def table4(rows, values, min_gap):
-    """Pairs of rows on one prompt whose rewards differ: how often each statistic of the values is higher for the better.
+    """Pairs of rows on one prompt whose rewards differ: how often a statistic is higher for the better row.
 
-    -> {statistic: accuracy in [0, 1]}, a tie counting one half; number of pairs.
+    -> {statistic of the token values: accuracy in [0, 1]}, a tie counting one half; number of pairs.
     """
     stats = {"mean": [q[1:].mean() for _, q in values]}
     for percentile in (1, 5, 10, 90, 95, 99):
@@ -219,33 +191,35 @@ def table4(rows, values, min_gap):
 
 
 def correlation(x, y):
-    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 1e-6 and np.std(y) > 1e-6 else math.nan
+    return float(np.corrcoef(x, y)[0, 1]) if min(np.std(x), np.std(y)) > 1e-6 else math.nan
 
 
 def evaluate(gvm, tok, data, args, device):
-    """What the paper reports of a GVM, and on the toy its distance from the truth -> a dict, ready for JSON."""
-    rows, taus = [data[i] for i in range(len(data))], []
-    for i, row in enumerate(rows):
-        taus.append(data.tau(row["policy"], row["prompt"], args.tau_pairs, np.random.default_rng([args.seed, i])))
-    values = token_values(gvm, tok, rows, taus, args, device)
-    accuracy, n_pairs = table4(rows, values, args.min_gap)
+    """What the paper reports of a GVM, and on the toy its distance from the truth -> a dict for JSON."""
+    taus = []
+    for i, row in enumerate(data):
+        rng = np.random.default_rng([args.seed, i])
+        taus.append(data.tau(row["policy"], row["prompt"], args.tau_pairs, rng))
+    values = token_values(gvm, tok, data, taus, args, device)
+    accuracy, n_pairs = table4(data, values, args.min_gap)
     policies = {}
     for policy in sorted(p for p in data.by_policy if p is not None):
         index = data.by_policy[policy]
-        policies[policy] = dict(mean_reward=float(np.mean([rows[i]["reward"] for i in index])),
+        policies[policy] = dict(mean_reward=float(np.mean([data[i]["reward"] for i in index])),
                                 v0=float(np.mean([values[i][1][0] for i in index])))
     rewards, v0s = ([about[key] for about in policies.values()] for key in ("mean_reward", "v0"))
-    ranked = len(policies) > 1 and np.std(v0s) > 1e-6 and (np.argsort(rewards) == np.argsort(v0s)).all()
-    out = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_ranks_all_policies=bool(ranked),
-               v0_correlation=correlation(rewards, v0s) if len(policies) > 1 else math.nan)
+    v0_correlation = correlation(rewards, v0s) if len(policies) > 1 else math.nan
+    ranked = v0_correlation > 0 and (np.argsort(rewards) == np.argsort(v0s)).all()
+    out = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_correlation=v0_correlation,
+               v0_ranks_all_policies=bool(ranked))
     if args.true_q:
         true_q, q, truth = common.load_function(args.true_q), [], []
-        for row, (ids, value) in zip(rows, values, strict=True):
+        for row, (ids, value) in zip(data, values, strict=True):
             prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
             try:
                 truth += [true_q(row["prompt"], prefix, row["policy"]) for prefix in prefixes]
                 q += list(value)
-            except KeyError:                                               # a policy whose true value is not known
+            except KeyError:                                    # a policy whose true value is not known
                 pass
         rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
         out["true_q"] = dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
@@ -257,34 +231,32 @@ def report(result):
     accuracy = "  ".join(f"{name} {value:.3f}" for name, value in result["accuracy"].items())
     lines = [f"accuracy over {result['pairs']} pairs:  {accuracy}"]
     for name, about in result["policies"].items():
-        lines.append(f"{name:>24}: mean reward {about['mean_reward']:+.3f}   mean V(s_0 | tau) {about['v0']:+.3f}")
-    lines.append(f"correlation of V(s_0 | tau) with the policies' mean rewards: {result['v0_correlation']:.3f}, "
-                 f"order {'right' if result['v0_ranks_all_policies'] else 'not right'}")
-    if "true_q" in result:
-        lines.append("against the true value of {tokens} tokens: correlation {correlation:.3f}, rms error {rmse:.3f}"
-                     .format(**result["true_q"]))
+        lines.append(f"{name:>24}: mean reward {about['mean_reward']:+.3f}   V(s_0 | tau) {about['v0']:+.3f}")
+    order = "right" if result["v0_ranks_all_policies"] else "not right"
+    lines.append(f"V(s_0 | tau) and mean rewards: correlation {result['v0_correlation']:.3f}, order {order}")
+    for name, value in result.get("true_q", {}).items():
+        lines.append(f"true value of each token: {name} {value:.3f}")
     return "\n".join(lines)
 
 
-def colour(text, value, scale):
-    """Text on a background from red (-scale) over white (0) to green (+scale)."""
-    x = max(-1.0, min(1.0, value / scale))
+def colour(text, x):
+    """Text on a background from red (x = -1) over white (0) to green (1)."""
     r, g, b = (255 - int(max(0, x) * 155), 255 + int(min(0, x) * 155), 255 - int(abs(x) * 155))
     return f"\033[48;2;{r};{g};{b}m\033[30m{text}\033[0m"
 
 
 def show(gvm, tok, prompt, response, tau, args, device):
-    """Figure 4: print the tokens coloured by value; with --true-q and --policy also the truth. -> dict for the plot."""
+    """Figure 4: print the tokens coloured by value, and the truth where it is known -> dict to plot."""
     (ids, value), = token_values(gvm, tok, [dict(prompt=prompt, response=response)], [tau], args, device)
     tokens = ["V(s_0)"] + [tok.decode([i]) for i in ids]
-    out = dict(prompt=prompt, response=response, policy=args.policy, tokens=tokens, q=[float(v) for v in value])
+    out = dict(prompt=prompt, response=response, policy=args.policy, tokens=tokens, q=value.tolist())
     if args.true_q and args.policy:
         true_q = common.load_function(args.true_q)
         out["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
     scale = max(1e-6, np.abs(out["q"] + out.get("true_q", [])).max())
     for key in ("q", "true_q"):
         if key in out and common.rank() == 0:
-            cells = [colour(f" {t} {v:+.2f} ", v, scale) for t, v in zip(tokens, out[key], strict=True)]
+            cells = [colour(f" {t} {v:+.2f} ", v / scale) for t, v in zip(tokens, out[key], strict=True)]
             print(f"{key:>7}  " + " ".join(cells))
     common.write_json(os.path.join(args.out, "show.json"), out)
     return out
@@ -295,21 +267,19 @@ def main(argv=None):
     tok = common.load_tokenizer(args.init_from)
     data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)
-    gvm = common.load_model(args.init_from, trainable=False)
+    gvm = common.load_model(args.init_from, trainable=False, recompute=args.gradient_checkpointing)
     if args.show or args.eval_only:
         return use_trained(args, gvm, tok, data, device)
-
     heldout = Labelled([args.heldout])
     common.check_context(gvm, args.max_length, "--max-length")
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm")
-    if args.gradient_checkpointing:
-        gvm.checkpoint_blocks()
     common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
     if common.rank() == 0:
-        print(data.about)
+        rewards = [row["reward"] for row in data]
+        print(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}")
     engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
-    batch = args.batch_size * common.world()                               # rows per update, all ranks together
+    batch = args.batch_size * common.world()                    # rows per update, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, gvm=engine)
@@ -322,25 +292,24 @@ def main(argv=None):
         # 1. batch: every row after a tau of its own policy, 1 to --tau-pairs pairs
         index = common.batch_indices(len(data), batch, step, args.seed)
         rows, taus = [data[i] for i in index], []
-        for i, row in zip(index, rows, strict=True):
+        for i in index:
             rng = np.random.default_rng([args.seed, step, i])
             pairs = int(rng.integers(1, args.tau_pairs + 1)) if args.tau_pairs else 0
-            taus.append(data.tau(row["policy"], row["prompt"], pairs, rng))
+            taus.append(data.tau(data[i]["policy"], data[i]["prompt"], pairs, rng))
         ids, attn, mask = common.frame(*encode(tok, rows, taus, args), tok.pad_token_id, device)
         reward = torch.tensor([row["reward"] for row in rows], device=device)
-        if not args.batch_norm:                                            # which needs random micro-batches
+        if not args.batch_norm:                                 # which needs random micro-batches
             order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
             ids, attn, mask, reward = ids[order], attn[order], mask[order], reward[order]
-        states = torch.nn.functional.pad(mask, (1, 0), value=True)         # (B, T+1): with the last prompt token
+        states = torch.nn.functional.pad(mask, (1, 0), value=True)      # (B, T+1): with the last prompt token
         n_states = common.all_sum(states.sum())
 
         # 2. update
         common.set_lr(engine, args.lr * (1 - step / steps))
         loss, q = torch.zeros((), device=device), []
-        micro_batches = zip(*(x.chunk(args.grad_accum) for x in (ids, attn, states, reward)), strict=True)
-        for ids_m, attn_m, states_m, reward_m in micro_batches:
-            q_m = engine(ids_m, attn_m, mask.shape[1], adapter="gvm", head="gvm")
-            loss_m = gvm_loss(q_m, reward_m, states_m, args) / n_states
+        for m in torch.arange(args.batch_size).chunk(args.grad_accum):
+            q_m = engine(ids[m], attn[m], mask.shape[1], adapter="gvm", head="gvm")
+            loss_m = gvm_loss(q_m, reward[m], states[m], args) / n_states
             engine.backward(loss_m * args.grad_accum * common.world())     # DeepSpeed divides by both
             engine.step()
             loss += loss_m.detach()
@@ -355,10 +324,9 @@ def main(argv=None):
 
     # 4. save, measure
     engine.eval()
-    q_mean, q_std = running.tolist()
-    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), q_mean=q_mean, q_std=q_std,
-                        tau_pairs=args.tau_pairs, tau_length=args.tau_length, max_length=args.max_length,
-                        init_from=args.init_from)
+    meta = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
+    meta |= dict(zip(("q_mean", "q_std"), running.tolist(), strict=True))
+    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **meta)
     result = evaluate(engine, tok, heldout, args, device)
     common.write_json(os.path.join(args.out, "eval.json"), result)
     if common.rank() == 0:
@@ -366,7 +334,7 @@ def main(argv=None):
 
 
 def use_trained(args, gvm, tok, data, device):
-    """--show or --eval-only: load --gvm and look at what it says. Returns what was shown."""
+    """--show or --eval-only."""
     meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
     args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.processes import all_max, barrier, die, finish, gathered, rank, world, write_json
+from runtime.processes import CUDA, all_max, barrier, die, finish, gathered, rank, world, write_json
 
 
 def model_fingerprint(lm):
-    """Which model: a hash of all weights' names, shapes and first values, in bf16, so that CPU and GPU agree."""
+    """Which model: a hash of all names, shapes and first values, in bf16, so that CPU and GPU agree."""
     digest = hashlib.sha256()
     for key, w in sorted(lm.state_dict().items()):
         values = w.detach().flatten()[:64].bfloat16().float().cpu().numpy()
@@ -37,40 +37,37 @@ def tokenizer_fingerprint(tok):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A folder for all ranks to write in, which takes the place of `path` only once it is complete.
-
-    A full disk ends the run in one line and leaves what was at `path` before.
-    """
+    """A folder for all ranks to write in, which replaces `path` only once it is complete."""
     tmp, old = path + ".tmp", path + ".old"
     try:
         if rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
             os.makedirs(tmp)
         barrier()
         yield tmp
         barrier()
         if rank() == 0:
-            shutil.rmtree(old, ignore_errors=True)
             if os.path.exists(path):
                 os.rename(path, old)
             os.rename(tmp, path)
             shutil.rmtree(old, ignore_errors=True)
         barrier()
-    except (OSError, RuntimeError, SafetensorError) as e:       # torch and safetensors wrap the system's error
+    except (OSError, RuntimeError, SafetensorError) as e:       # libraries wrap the system's error
         shutil.rmtree(tmp, ignore_errors=True)
-        die(f"{path} cannot be written ({str(e)[:150]}); make room, then continue with --resume", 1, all_ranks=True)
+        die(f"{path} cannot be written ({str(e)[:150]!r}); make room, then --resume", code=1, all_ranks=True)
 
 
 def must_be_finite(model, what):
     """End the run where a trained weight is not finite: a gradient was not, though the loss was."""
-    finite = True
+    bad = 0
     for p in model.parameters():
         if p.requires_grad:
-            if hasattr(p, "ds_tensor"):                         # ZeRO-3: this rank's shard, without its padding
+            if hasattr(p, "ds_tensor"):                         # ZeRO-3: this rank's shard, unpadded
                 p = p.ds_tensor[:max(0, p.ds_numel - rank() * p.ds_tensor.numel())]
-            finite = finite and bool(p.isfinite().all())
-    if all_max(int(not finite)):
-        die(f"{what} are not finite and were not saved; lower --lr, then continue with --resume", code=1)
+            bad = bad or int(not p.isfinite().all())
+    if all_max(bad):
+        die(f"{what} are not finite and were not saved; lower --lr, then use --resume", code=1)
 
 
 def save_model(model, tok, folder, adapter=None):
@@ -96,7 +93,7 @@ def save_adapter(model, name, tok, folder, **meta):
 
 
 def load_adapter(model, tok, folder, made_by):
-    """Put a saved adapter and its head, frozen, on `model`; returns its meta data. Refuses that of another trunk."""
+    """Put a saved adapter and its head, frozen, on `model` -> its meta data. Refuses one of another trunk."""
     try:
         with open(os.path.join(folder, "adapter.json")) as f:
             meta = json.load(f)
@@ -105,7 +102,7 @@ def load_adapter(model, tok, folder, made_by):
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
     for what, found in ("trunk", model.fingerprint), ("tokenizer", tokenizer_fingerprint(tok)):
         if meta.get(what) != found:
-            die(f"{folder}: trained on another {what} than --init-from has; train it on this one with: {made_by}")
+            die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
     model.add_head(meta["name"])
     for key, p in model.adapter_parameters(meta["name"]).items():
@@ -117,7 +114,7 @@ class Checkpoints:
     """OUT/checkpoint/step_N: DeepSpeed's files of each engine, random states, the stage's state, check sums.
 
     first, state = checkpoints.load()          the step to continue with and what `save` was given, or 0, {}
-    checkpoints.save(step, name=value, ...)    after each step; writes every --save-every steps and on a signal
+    checkpoints.save(step, name=value, ...)    after each step; writes every --save-every, and on a signal
     """
 
     def __init__(self, args, out, keep=2, **engines):
@@ -140,7 +137,7 @@ class Checkpoints:
     def load(self):
         path = self.last_whole() if self.args.resume else None
         if path is None:
-            if rank() == 0 and self.steps():                    # of an older run: a later --resume must not see it
+            if rank() == 0 and self.steps():                    # an older run's, which --resume must not find
                 shutil.rmtree(self.folder + ".old", ignore_errors=True)
                 os.rename(self.folder, self.folder + ".old")
             barrier()
@@ -148,31 +145,36 @@ class Checkpoints:
         with open(os.path.join(path, "run.json")) as f:
             before = json.load(f)
         if (before["world_size"], before["zero"]) != (world(), self.args.zero):
-            die(f"--resume: {path}: use {before['world_size']} processes and --zero {before['zero']}, as it did")
-        for key in vars(self.args).keys() - {"resume", "out", "local_rank", "save_every"}:
-            value = json.loads(json.dumps(getattr(self.args, key)))
-            if value != before.get(key) and rank() == 0:
-                flag = "--" + key.replace("_", "-")
-                print(f"resuming with {flag} {value} (was {before.get(key)})", file=sys.stderr)
+            die(f"--resume: use {before['world_size']} processes and --zero {before['zero']}, as {path} did")
+        changed = [f"{key} {value} (was {before.get(key)})" for key, value in vars(self.args).items()
+                   if before.get(key) != value and key not in ("resume", "out", "local_rank", "save_every")]
+        if changed and rank() == 0:
+            print(f"resuming with other flags: {', '.join(changed)}", file=sys.stderr)
         for name, engine in self.engines.items():
             engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
         mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
         self.skipped = sum(engine.skipped_steps for engine in self.engines.values())
         torch.set_rng_state(mine["random"])
-        if torch.cuda.is_available():
+        if CUDA:
             torch.cuda.set_rng_state(mine["random_cuda"])
         return int(path.rpartition("_")[2]), mine["state"]
 
     def last_whole(self):
         """Folder of the last checkpoint whose files are what was written; damaged ones are moved aside."""
-        for step in self.steps():
-            path = os.path.join(self.folder, f"step_{step}")
-            if not all_max(int(rank() == 0 and not is_whole(path))):
+        steps = self.steps()
+        for step in steps:
+            path, damaged = os.path.join(self.folder, f"step_{step}"), int(rank() == 0)
+            if damaged:
+                with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "files.json")) as f:
+                    damaged = int(json.load(f) != check_sums(path))
+            if not all_max(damaged):
                 return path
             if rank() == 0:
                 print(f"{path}: cut short or damaged; using the one before it", file=sys.stderr)
                 os.rename(path, path + ".damaged")
             barrier()
+        if steps:
+            die(f"{self.folder}: all checkpoints are damaged; start a new run without --resume")
         if rank() == 0:
             print(f"{self.folder}: no checkpoint to resume from; starting a new run", file=sys.stderr)
         return None
@@ -181,7 +183,7 @@ class Checkpoints:
         """`step` has just been done, counted from 0."""
         skipped = sum(engine.skipped_steps for engine in self.engines.values())
         if skipped > self.skipped and rank() == 0:              # which DeepSpeed does not say
-            print(f"warning: step {step}: the gradient is not finite, update skipped; lower --lr", file=sys.stderr)
+            print(f"warning: step {step}: gradient not finite, update skipped; lower --lr", file=sys.stderr)
         self.skipped, self.stop = skipped, all_max(self.stop)
         if not self.stop and (step + 1) % self.args.save_every:
             return
@@ -191,7 +193,7 @@ class Checkpoints:
             for name, engine in self.engines.items():
                 engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
             mine = dict(random=torch.get_rng_state(), state=state)
-            if torch.cuda.is_available():
+            if CUDA:
                 mine["random_cuda"] = torch.cuda.get_rng_state()
             torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
@@ -203,16 +205,8 @@ class Checkpoints:
                 shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
         if self.stop:
             if rank() == 0:
-                print(f"\nstopped after step {step}; continue with the same flags and --resume", file=sys.stderr)
+                print(f"\nstopped after step {step}; continue with --resume", file=sys.stderr)
             finish()
-
-
-def is_whole(path):
-    try:
-        with open(os.path.join(path, "files.json")) as f:
-            return json.load(f) == check_sums(path)
-    except (OSError, ValueError):
-        return False
 
 
 def check_sums(folder):

@@ -1,7 +1,7 @@
 """Graphs: --static-cache, a rollout whose decode step CUDA records once and then replays.
 
-Without a graph the host launches every kernel of every layer for every token, and the GPU waits for it (28 layers:
-11.5 to 13 ms per token, gpt-fast). A graph needs memory that never moves: a KV cache of full length from the start.
+Without a graph the host launches every kernel of every layer for every token, and the GPU waits. A graph needs
+memory that never moves: a KV cache of full length from the start.
 Open this file to make rollouts faster, or for an architecture with another attention or cache.
 """
 import re
@@ -14,30 +14,29 @@ from runtime.processes import die
 
 
 class StaticDecoder:
-    """What common.Decoder does, `new` tokens from the prompts that it has read: calls append a token to each row.
+    """A common.Decoder that has read the prompts, with room for `new` tokens: same calls, same logits.
 
     The graph and the cache live for one rollout, so that no address of a weight outlives an update.
     """
 
-    stream = None                                       # one for all graphs: cuBLAS keeps a workspace for each stream
+    stream = None                                       # one for all: cuBLAS keeps a workspace per stream
 
     def __init__(self, decoder, new):
         config, prompts, (rows, length) = decoder.trunk.config, decoder.cache, decoder.positions.shape
         total = -(-(length + new) // 64) * 64
         decoder.cache = StaticCache(config=config, max_cache_len=total)
-        scaled_positions = re.search("dynamic|longrope", str(getattr(config, "rope_parameters", "")))
-        if config._attn_implementation != "sdpa" or any(decoder.cache.is_sliding) or scaled_positions:
-            die("--static-cache: needs scaled_dot_product_attention over all tokens, and positions that do not depend "
-                "on the length; this architecture has others: leave the flag out")
+        moving = re.search("dynamic|longrope", str(getattr(config, "rope_parameters", "")))
+        if config._attn_implementation != "sdpa" or any(decoder.cache.is_sliding) or moving:
+            die("--static-cache: this architecture has another attention than scaled_dot_product over all tokens, "
+                "or positions that depend on the length; leave the flag out")
         for i, layer in enumerate(prompts.layers):
             decoder.cache.update(layer.keys, layer.values, i)
-            layer.keys = layer.values = None            # never hold both
-        mask = decoder.positions.new_ones(rows, length) if decoder.mask is None else decoder.mask
+            layer.keys = layer.values = None            # never hold both caches
+        mask = torch.ones_like(decoder.positions) if decoder.mask is None else decoder.mask
         decoder.mask = F.pad(mask.bool(), (0, total - length))[:, None, None]      # (B, 1, 1, total)
         decoder.positions = decoder.positions[:, -1:].clone()
         self.decoder, self.logits, self.graph = decoder, decoder.logits, None
-        self.token = torch.zeros_like(decoder.positions)
-        self.end = torch.tensor([length], device=mask.device)
+        self.token, self.end = decoder.positions.clone(), torch.tensor([length], device=mask.device)
 
     def append(self):
         """Append self.token, all in place and without the host: what a graph can hold."""
@@ -52,7 +51,7 @@ class StaticDecoder:
             self.graph.replay()
         elif not token.is_cuda:
             self.append()
-        else:                                           # once to warm up, on the stream that records; then record
+        else:                                           # run once, which warms up, then record for later calls
             StaticDecoder.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -60,4 +59,4 @@ class StaticDecoder:
             torch.cuda.current_stream().wait_stream(self.stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.append()                           # recorded, not run; NCCL's watchdog thread may continue
+                self.append()

@@ -1,6 +1,6 @@
 """Memory: what a stage is going to hold, against what the device has, before anything is trained.
 
-Weights, gradients and optimizer states follow from the parameters, activations from one short row that is measured.
+Weights, gradients and optimizer states follow from the parameters; activations are measured on one short row.
 Open this file when a plan is wrong. docs/memory.md has plans of real models, and the flags that lower them.
 """
 import os
@@ -9,10 +9,9 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from runtime.processes import all_max, die, rank, world, write_json
+from runtime.processes import CUDA, all_max, die, rank, world, write_json
 
 CHUNK = 1024                                            # positions whose logits exist at one time
-MB = 2**20
 
 
 def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
@@ -21,9 +20,9 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     models {role: LM}, the policy first; the largest backward pass is over rows x length tokens, of which the
     log-softmax sees rows x sampled; decode: rows and length of the rollout's KV cache.
     """
-    policy, cuda, plan, about, kept = next(iter(models.values())), torch.cuda.is_available(), {}, {}, 0
+    policy, plan, about, kept = next(iter(models.values())), {}, {}, 0
     element = next(policy.parameters()).element_size()
-    adam = 8 if element == 4 and not args.zero else 12          # two moments, and fp32 weights beside bf16 ones
+    adam = 8 if element == 4 and not args.zero else 12  # two moments, and fp32 weights unless the model's are
     shards = [world() if args.zero >= stage else 1 for stage in range(4)]
     for role, model in models.items():
         count = sum(p.numel() for p in model.parameters())
@@ -32,7 +31,7 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
         plan[f"{role}: weights"] = count * element / shards[3]
         if trained:
             plan[f"{role}: gradients"] = trained * element / shards[2]
-            plan[f"{role}: optimizer"] = 0 if args.offload and cuda else trained * adam / shards[1]
+            plan[f"{role}: optimizer"] = 0 if args.offload and CUDA else trained * adam / shards[1]
             kept = max(kept, bytes_per_token(model)["activation"])
     if args.zero == 3 and decode[0]:
         plan["a copy to decode with"] = next(iter(about.values()))["bytes"]
@@ -40,36 +39,36 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     activations = rows * length * kept + min(CHUNK, rows * sampled) * vocab * (4 + element)
     cache = decode[0] * (decode[1] * bytes_per_token(policy)["cache"] + vocab * 12)
     plan["activations, or KV cache of the rollout"] = max(activations, cache)      # never both
-    total, free = sum(plan.values()), psutil.virtual_memory().available + sum(m["bytes"] for m in about.values())
-    if cuda:
+    total, free = sum(plan.values()), psutil.virtual_memory().available
+    free += sum(model["bytes"] for model in about.values())
+    if CUDA:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
     if rank() == 0:
-        for what, size in [*plan.items(), (f"together, of {free / MB:,.0f} MB that are free", total)]:
-            print(f"{what:<52}{size / MB:>11,.0f} MB")
+        for what, size in [*plan.items(), (f"together, of {free / 2**20:,.0f} MB that are free", total)]:
+            print(f"{what:<52}{size / 2**20:>11,.0f} MB")
     write_json(os.path.join(args.out, "memory.json"), dict(plan=plan, total=total, free=free, models=about))
     if all_max(int(total > free)):
-        die(f"this would need {total / MB:,.0f} MB and {free / MB:,.0f} MB are free; try --lora (dvpo.py), --zero 3 "
-            "on more GPUs, --offload, --gradient-checkpointing, a smaller --mini-batch-size, a larger --grad-accum")
+        die(f"needs {total / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free; try --lora (dvpo.py), --zero 3 on "
+            "more GPUs, --offload, --gradient-checkpointing, smaller --mini-batch-size or larger --grad-accum")
 
 
 def bytes_per_token(model):
-    """Bytes that a backward pass keeps of each token, and bytes of its KV cache, measured on one short row."""
+    """Bytes that a backward pass keeps per token, and bytes of its KV cache, measured on one short row."""
     ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
-    weights, kept, training = {p.data_ptr() for p in model.parameters()}, {}, model.training
+    weights, kept, cache = {p.data_ptr() for p in model.parameters()}, {}, DynamicCache()
+    training = model.training
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    trained = [name for name in model.adapters for p in model.adapter_parameters(name).values() if p.requires_grad]
-    model.switch(trained[0] if trained else None)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    model.switch(next((name for name in model.adapters if trained & set(model.adapter_parameters(name))), None))
     model.train()                                       # --gradient-checkpointing works in train mode only
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = model.hidden(ids, torch.ones_like(ids), 15)
     activation = sum(size for address, size in kept.items() if address not in weights)
-    del out                                             # held so far, or other tensors would take those addresses
-    cache = DynamicCache()
+    del out                                             # kept until here, so that no address is used twice
     model.eval()
     with torch.no_grad():
         model.hidden(ids, torch.ones_like(ids), 0, cache)

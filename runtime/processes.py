@@ -15,22 +15,23 @@ import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
+CUDA = torch.cuda.is_available()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")   # read on import
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if CUDA else "cpu")      # which deepspeed reads on import
 
 import deepspeed
 
 deepspeed.utils.logger.setLevel("WARNING")
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
 def die(message, code=2, all_ranks=False):
-    """The only way to end with an error: one line on stderr, what is wrong and how to fix it.
+    """End the run with one line on stderr, what is wrong and how to fix it: the only way to end with an error.
 
     code: 2 for wrong input, 1 for a run that failed; all_ranks: print where rank 0 may not see the error.
     """
     if all_ranks or int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"error: {message}", file=sys.stderr)        # on a line of its own, below any progress bar
+        tqdm.write(f"error: {message}", file=sys.stderr)        # below any progress bar
     raise SystemExit(code)
 
 
@@ -39,19 +40,15 @@ def start(args):
     if "RANK" not in os.environ:                                # plain python: a world of one, on a free port
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+            values = "0", "0", "1", "127.0.0.1", str(s.getsockname()[1])
+        os.environ |= dict(zip(LAUNCHER_VARIABLES, values, strict=True))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
+    if CUDA:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)     # slow where shapes change
     if not dist.is_initialized():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves, without a compiler
-        try:
-            deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-        except dist.DistNetworkError as e:
-            die(f"the processes cannot meet ({str(e)[:99]}); choose another --master_port", all_ranks=True)
+        deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
     seed(args)
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -69,7 +66,7 @@ def seed(args):
 def finish(code=0):
     """End the process with all ranks together; does not return.
 
-    Only atexit's functions (wandb's, say) run. Python's own shutdown is skipped: gloo's threads outlive DeepSpeed,
+    Python's own shutdown is skipped but for atexit's functions (wandb's, say): gloo's threads outlive DeepSpeed,
     and one that frees a tensor during the shutdown aborts the process (pytorch issue 190489).
     """
     if dist.is_initialized():
@@ -101,19 +98,10 @@ def all_sum(x):
 
 def all_max(n):
     """Maximum of a Python int over all ranks."""
-    if world() == 1:
-        return n
-    n = torch.tensor(n, device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(n, dist.ReduceOp.MAX)
-    return int(n)
-
-
-def gather_dicts(mine):
-    """The union of every rank's dict, on every rank."""
-    parts = [mine] * world()
+    n = torch.tensor(n, device="cuda" if CUDA and world() > 1 else "cpu")
     if world() > 1:
-        dist.all_gather_object(parts, mine)
-    return {k: v for part in parts for k, v in part.items()}
+        dist.all_reduce(n, dist.ReduceOp.MAX)
+    return int(n)
 
 
 def gathered(params):
