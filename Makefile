@@ -1,14 +1,16 @@
-# make demo: everything, from nothing to the table and the figures, on a CPU.   make test: the tests.   make results-check: the README's numbers against results/.
 PY = .venv/bin/python
 
-.venv/ready: requirements.txt
+help:           ## show this
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
+
+.venv/ready: requirements.txt requirements-dev.txt
 	python3 -m venv .venv
-	.venv/bin/pip install -q -r requirements.txt
+	.venv/bin/pip install -q -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-install: .venv/ready
+install: .venv/ready    ## make the environment .venv
 
-demo: .venv/ready
+demo: .venv/ready       ## everything from nothing to the table and the figures, on a CPU
 	$(PY) data/toy.py
 	$(PY) sft.py
 	$(PY) tools/label.py
@@ -20,14 +22,19 @@ demo: .venv/ready
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/sft.json --policy out/tiny/sft/model
 	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdicts.jsonl
-	$(PY) tools/report.py
+	$(PY) experiments/report.py
 	$(PY) tools/plot.py
 	$(PY) tools/plot.py --heatmap out/tiny/gvm/show.json out/tiny/flipped/show.json --to out/tiny/heatmap.png
 
-test: .venv/ready
+test: .venv/ready       ## the smoke test, then all tests
 	$(PY) test_smoke.py
+	$(PY) -m pytest -n 2 tests
 
-results-check: .venv/ready
-	$(PY) tools/results_check.py
+lint: .venv/ready       ## ruff, and the line counts that keep the code readable
+	.venv/bin/ruff check .
+	$(PY) tests/line_counts.py
 
-.PHONY: install demo test results-check
+results-check: .venv/ready      ## the numbers of the docs against results/
+	$(PY) experiments/results_check.py
+
+.PHONY: help install demo test lint results-check

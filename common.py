@@ -1,4 +1,4 @@
-"""What a reader of the algorithm needs beside the stages: presets, model, LoRA, heads, log-probs, decoder, tokens.
+"""What a reader of the algorithm needs beside the stages: presets, LoRA, model, log-probs, decoder, tokens.
 
 One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens (right-padded), V words:
 
@@ -11,6 +11,7 @@ What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` 
 import argparse
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -30,12 +31,12 @@ from transformers.utils import logging as hf_logging
 
 # isort: off
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
-from runtime.checkpoints import Checkpoints, load_adapter, model_fingerprint, save_adapter, save_model
+from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, bytes_per_token, memory_plan
 from runtime.metrics import Clock, Metrics, Progress, masked_moments, mean_over_ranks, peak_bytes, token_mean
-from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish, gathered
-from runtime.processes import rank, seed, start, world, write_json
+from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
+from runtime.processes import gathered, rank, seed, start, world, write_json
 from runtime.rows import batch_indices, load_function, read_rows
 # isort: on
 
@@ -54,17 +55,17 @@ PAPER = {
                 lora_alpha=32, lora_dropout=0.1, grad_accum=16, save_every=500),
     "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32,
                lora_dropout=0.1),
-    "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2, kl_coef=0.2,
-               kl_target=6.0, max_new_tokens=1024, max_prompt_length=512, max_steps=1000, save_every=100,
-               advantage="delta"),
+    "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2,
+               kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512, max_steps=1000,
+               save_every=100, advantage="delta"),
 }
 TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_length=256, max_new_tokens=32, grad_accum=1),
     "gvm": dict(lr=3e-3, batch_size=64, epochs=9, max_length=256, tau_pairs=2, lora_rank=32, lora_dropout=0.0,
                 grad_accum=1),
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_dropout=0.0),
-    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, max_prompt_length=128,
-               max_new_tokens=32, max_steps=100, kl_coef=0.1),
+    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
+               max_prompt_length=128, max_new_tokens=32, max_steps=100),
 }
 PRESETS = {                     # one line per model
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY, reward="data/toy.py:gold_reward",
@@ -95,7 +96,7 @@ def flags(doc, argv, *stages):
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
-    p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1 at 3B, 3 at 8B)")
+    p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
     p.add_argument("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     p.add_argument("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
@@ -108,15 +109,16 @@ def flags(doc, argv, *stages):
 def parse(p, argv):
     """The arguments, after the checks that need nothing else: numbers in range, batches that divide."""
     args = p.parse_args(argv)
-    positive = ("save_every max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length lora_rank "
-                "max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size mini_batch_size grad_accum")
+    positive = ("max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length lora_rank "
+                "save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
+                "mini_batch_size grad_accum")
     for name, value in vars(args).items():
-        if type(value) in (int, float) and (not 0 <= value < math.inf or (value == 0 and name in positive.split())):
-            least = "above 0" if name in positive.split() else "0 or above"
+        least = "above 0" if name in positive.split() else "0 or above"
+        if type(value) in (int, float) and (not 0 <= value < math.inf or (value == 0 and least == "above 0")):
             die(f"--{name.replace('_', '-')} {value}: must be a number {least}")
     rows = getattr(args, "mini_batch_size", 1) * args.grad_accum
     if args.batch_size % rows:
-        die(f"--batch-size {args.batch_size}: must be a multiple of [--mini-batch-size x] --grad-accum = {rows}")
+        die(f"--batch-size {args.batch_size}: must be a multiple of {rows}: --grad-accum, --mini-batch-size")
     if args.offload and not args.zero:
         die("--offload: needs --zero 1, 2 or 3")
     return args
@@ -127,7 +129,7 @@ def parse(p, argv):
 
 
 class LoRA(nn.Module):
-    """y = base(x) + alpha/r B A dropout(x), several named adapters of which at most one is on (arXiv 2106.09685)."""
+    """y = base(x) + alpha/r B A dropout(x), named adapters, at most one of them on (arXiv 2106.09685)."""
 
     def __init__(self, base):
         super().__init__()
@@ -157,7 +159,7 @@ class LoRA(nn.Module):
 
 
 class Head(nn.Linear):
-    """Scalar head in fp32, whatever its weights' dtype: bf16 would round away Q's steps from token to token."""
+    """Scalar head in fp32, whatever its weights' dtype: bf16 rounds away Q's steps from token to token."""
 
     def forward(self, h):
         return F.linear(h.float(), self.weight.float(), self.bias.float())
@@ -168,7 +170,17 @@ class LM(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.heads, self.adapters, self.fingerprint = lm, nn.ModuleDict(), {}, model_fingerprint(lm)
+        self.lm, self.heads, self.adapters, digest = lm, nn.ModuleDict(), {}, hashlib.sha256()
+        for key, w in sorted(lm.state_dict().items()):          # now, as ZeRO-3 will shard the weights
+            values = w.detach().flatten()[:64].bfloat16().float().cpu().numpy()    # CPU and GPU agree
+            digest.update(f"{key}{tuple(w.shape)}".encode() + values.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def fingerprints(self, tok):
+        """What an adapter of this model needs under it: hashes of the trunk and of the tokenizer."""
+        words = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
+        digest = hashlib.sha256(json.dumps(words).encode())
+        return dict(trunk=self.fingerprint, tokenizer=digest.hexdigest()[:16])
 
     def add_adapter(self, name, r, alpha, dropout=0.0):
         """LoRA on every linear projection of the blocks, whatever the architecture."""
@@ -202,7 +214,7 @@ class LM(nn.Module):
     def merged_state_dict(self, adapter=None, keep=True):
         """State dict of the plain transformers model, on the CPU, one adapter merged into its weights.
 
-        At ZeRO-3 one weight at a time is gathered, so all ranks must enter; without `keep` one gets an empty dict.
+        At ZeRO-3 one weight at a time is gathered, so all ranks must enter; without `keep` the dict is empty.
         """
         lora = {f"{path}.base.weight": m for path, m in self.lm.named_modules() if isinstance(m, LoRA)}
         state, copies = {}, {}
@@ -215,33 +227,33 @@ class LM(nn.Module):
                 if keep:
                     w = (p.float() + layer.delta(adapter)).to(p.dtype) if layer else p
                     w = w.detach().to("cpu", copy=hasattr(p, "ds_id"))
-                    state[key.replace(".base.", ".")] = copies.setdefault(id(p), w)         # tied weights stay one
+                    state[key.replace(".base.", ".")] = copies.setdefault(id(p), w)     # tied ones stay one
         return state
 
     def hidden(self, ids, attn, T, cache=None):
         """Last hidden states at the last prompt token and at each response token: (B, P+T) -> (B, T+1, D).
 
-        Rows are shifted left first, so that causal attention alone hides the padding: no mask, the fast kernel,
+        Rows are shifted left, so that causal attention alone hides the padding: no mask, the fast kernel,
         positions from 0. A cache (B rows) stands in front of them and grows by them.
         """
-        (B, L), left, length = ids.shape, attn.argmax(1, keepdim=True), int(attn.sum(1).max())
+        L, left, length = ids.shape[1], attn.argmax(1, keepdim=True), int(attn.sum(1).max())
         positions = torch.arange(length, device=ids.device)
         ids = ids.gather(1, (positions + left).clamp(max=L - 1))
-        h = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        h = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
         at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(max=length - 1)      # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
-        """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at each of the T+1 states.
+        """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at the T+1 states.
 
-        Both in fp32. logp[t] is read BEFORE a_t and is 0 after the end of the response; scalar 0 stands at the
+        Both in fp32. logp[t] is read BEFORE a_t and is 0 after the response ends; scalar 0 is read at the
         last prompt token, scalar t+1 AFTER a_t.
         """
         self.switch(adapter)
         h = self.hidden(ids, attn, T, cache)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
-        real = attn[:, -T:].flatten().nonzero().squeeze(1)      # lm_head, the largest product, sees no padding
+        real = attn[:, -T:].flatten().nonzero().squeeze(1)      # lm_head, most expensive, sees no padding
         h, targets = h[:, :-1].flatten(0, 1)[real], ids[:, -T:].flatten()[real]
         logp = token_logp(h, targets, self.lm.get_output_embeddings(), temperature)
         return logp.new_zeros(len(ids) * T).index_copy(0, real, logp).view(-1, T)
@@ -273,7 +285,7 @@ class TokenLogp(torch.autograd.Function):
 def token_logp(hidden, targets, lm_head, temperature=1.0):
     """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,).
 
-    In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits never exist at once.
+    In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits are never whole.
     A single chunk is kept instead, as its backward pass would hold it anyway.
     """
     n = max(1, -(-len(targets) // CHUNK))
@@ -299,9 +311,9 @@ def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kw
 
 
 def read_prefix(model, prefix, adapter, head, device):
-    """Read once what stands in front of many rows: ids -> rows(n), the cache of n such rows for `LM.forward`."""
+    """Read once what stands in front of many rows: ids -> rows(n), the cache of n of them for LM.forward."""
     cache = DynamicCache()
-    if all_max(len(prefix)):                            # at ZeRO-3 on all ranks, also where the prefix is empty
+    if all_max(len(prefix)):                            # at ZeRO-3 on all ranks, even for no prefix
         ids = torch.tensor([prefix or [0]], device=device)
         model(ids, torch.ones_like(ids), 0, adapter, head=head, cache=cache)
 
@@ -323,7 +335,8 @@ class Decoder:
 
     def __init__(self, model, ids, attn, adapter=None):
         model.switch(adapter)
-        self.trunk, self.head, self.cache = model.lm.base_model, model.lm.get_output_embeddings(), DynamicCache()
+        self.trunk, self.head = model.lm.base_model, model.lm.get_output_embeddings()
+        self.cache = DynamicCache()
         self.mask = None if attn.all() else attn        # prompts of one length need no mask
         self.positions = (attn.cumsum(1) - 1).clamp(min=0)
         self.logits = self.step(ids)
@@ -340,7 +353,7 @@ class Decoder:
 
 
 def load_model(path, trainable=True, recompute=False):
-    """A causal LM from a transformers folder or hub id, bf16 on CUDA, fp32 on a CPU, with every dropout at 0.
+    """A causal LM from a transformers folder or hub id, bf16 on CUDA, fp32 on a CPU, all dropout at 0.
 
     recompute: --gradient-checkpointing, which works in train() mode only.
     """
@@ -360,24 +373,22 @@ def load_model(path, trainable=True, recompute=False):
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     with torch.no_grad():                               # token_logp knows no soft cap or scale: compare a row
         ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size
-        logp = lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16 rounds
+        logp = lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16
             die(f"{path}: this architecture changes the logits after its head; add that to token_logp first")
     return model
 
 
 def missing_model(path, error):
     """The error message for a model that cannot be loaded: where it would come from."""
-    parts = os.path.normpath(path).split(os.sep)
     if os.path.isdir(path):
         return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
-    if parts[0] == "data":
-        return f"{path}: no model there; make it with: python data/toy.py"
-    if parts[0] == "out" and len(parts) == 4:           # out/MODEL/STAGE/model
-        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2], "the stage before")
+    if path.startswith(("out", "data")):                # out/MODEL/STAGE/model
+        parts = [*os.path.normpath(path).split(os.sep), "", ""]
+        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2], "data/toy.py")
         return f"{path}: no model there; make it with: python {stage} --model {parts[1]}"
-    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; log in with `hf auth login` "
-            "and accept its licence there, or give --model a local folder")
+    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
+            "accept its licence there, or give --model a local folder")
 
 
 def check_context(model, tokens, flags):
@@ -402,7 +413,7 @@ def ds_config(args, model, rows, accum=1):
     for key in {"train_batch_size", "optimizer", "scheduler", "fp16", *decided} & set(config):
         die(f"--ds-config {args.ds_config}: {key}: the flags decide that; take it out of the file")
     if "stage" in config.setdefault("zero_optimization", {}):
-        die(f"--ds-config {args.ds_config}: zero_optimization.stage: --zero decides that; take it out of the file")
+        die(f"--ds-config {args.ds_config}: zero_optimization.stage: --zero decides that; take it out")
     config["zero_optimization"]["stage"] = args.zero
     if args.offload:                                    # with torch's own AdamW, which needs no compiler
         config["zero_optimization"]["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
@@ -411,7 +422,7 @@ def ds_config(args, model, rows, accum=1):
 
 
 def engine(model, args, lr, rows, accum=1):
-    """DeepSpeed engine with fused AdamW over the trainable parameters: `accum` forwards of `rows` rows per update."""
+    """DeepSpeed engine with fused AdamW over what is trainable: `accum` forwards of `rows` rows each."""
 
     def layer(item):
         return (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
@@ -420,7 +431,8 @@ def engine(model, args, lr, rows, accum=1):
     trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(args, model, rows, accum))[0]
+    config = ds_config(args, model, rows, accum)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     if world() == 1 and not args.zero:
         engine.enable_backward_allreduce = False        # a copy of all gradients, to sum them over one rank
     return engine
@@ -428,16 +440,17 @@ def engine(model, args, lr, rows, accum=1):
 
 def frozen(model, args):
     """A model that only runs forward: as it is, or at ZeRO-3 sharded over the ranks."""
-    engine = deepspeed.initialize(model=model, config=ds_config(args, model, 1))[0] if args.zero == 3 else model
-    engine.eval()
-    return engine
+    if args.zero == 3:
+        model = deepspeed.initialize(model=model, config=ds_config(args, model, 1))[0]
+    model.eval()
+    return model
 
 
 def actor(model, args):
     """The module that rollouts decode with. Call it before `engine`, and `refresh` before each rollout.
 
-    Below ZeRO-3 the model itself. At ZeRO-3 every token would gather every layer again, so a plain copy decodes:
-    the weights once more per GPU, and ranks may stop at different lengths.
+    Below ZeRO-3 the model itself. At ZeRO-3 each token would gather all layers again, so a plain copy
+    decodes: the weights once more per GPU, and ranks may stop at different lengths.
     """
     return copy.deepcopy(model).requires_grad_(False).eval() if args.zero == 3 else model
 
@@ -487,7 +500,7 @@ def only_text(tok, text):
 
 
 def encode_prompt(tok, prompt):
-    """Prompt (a string, or a list of {role, content}) -> ids up to where the response begins, bos at most once."""
+    """Prompt (a string, or a list of {role, content}) -> ids up to the beginning of the response, one bos."""
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     return list(encode_messages(tok, tuple((m["role"], only_text(tok, m["content"])) for m in messages)))
 
@@ -516,7 +529,7 @@ def append_to_prefix(tok, prefix, ids):
 
 
 def prepend_tau(tok, tau, prompt, room, tau_length):
-    """tau, a list of (prompt ids, response ids), in front of a prompt; responses are cut to tau_length tokens.
+    """tau, a list of (prompt ids, response ids), in front of a prompt; responses cut to tau_length tokens.
 
     Pairs that do not fit into `room` tokens, prompt included, are left out.
     """
@@ -528,7 +541,7 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
 
 
 def frame(prompts, responses, pad, device="cpu"):
-    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), with one T on all ranks, or ZeRO-3 would hang."""
+    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T). One T on all ranks, or ZeRO-3 would hang."""
     P, T = max(map(len, prompts)), all_max(max(map(len, responses)))
     ids = torch.full((len(prompts), P + T), pad)
     attn = torch.zeros_like(ids)
@@ -539,7 +552,7 @@ def frame(prompts, responses, pad, device="cpu"):
 
 
 def append_responses(ids, attn, response, mask, pad):
-    """Prompts (B, P) and what a rollout sampled, (B, T), as one frame with the longest response of all ranks."""
+    """Prompts (B, P) and what a rollout sampled, (B, T), as one frame; T is the longest of all ranks."""
     T = all_max(int(mask.any(0).sum()))
     response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])), value=pad)
     mask = F.pad(mask[:, :T], (0, max(0, T - mask.shape[1])))
@@ -552,14 +565,14 @@ def unpad(ids, mask):
 
 
 def sort_by_length(order, attn, size):
-    """Row numbers (B,), each optimizer batch of `size` sorted by length, so that micro-batches hold little padding."""
+    """Row numbers (B,), each optimizer batch of `size` sorted by length: less padding."""
     length = attn.sum(1)
     return torch.cat([rows[length[rows].argsort(stable=True)] for rows in order.to(attn.device).split(size)])
 
 
 @torch.no_grad()
 def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, n=256):
-    """Roll out about n held-out prompts: gold reward, KL to the reference, length, ended -> OUT/summary.json."""
+    """Roll out about n held-out prompts: gold reward, KL to the reference, length -> OUT/summary.json."""
     step = args.batch_size * world()
     sums, count = {}, -(-n // step)
     policy.eval()
@@ -577,7 +590,8 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
             found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / count
-    write_json(os.path.join(args.out, "summary.json"), dict(sums, rollouts=count * step, peak_bytes=peak_bytes()))
+    summary = dict(sums, rollouts=count * step, peak_bytes=peak_bytes())
+    write_json(os.path.join(args.out, "summary.json"), summary)
     if rank() == 0:
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
         print(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")

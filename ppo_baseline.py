@@ -166,8 +166,7 @@ def train_reward_model(args, tok, device):
     first, state = checkpoints.load()
     metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine, first)
 
-    def forward(rows):
-        """Scores of the chosen and the rejected response of each row, (B,), (B,)."""
+    def forward(rows):                                            # scores of chosen and rejected, (B,) each
         prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows] * 2
         responses = [common.encode_response(tok, r[side]) for side in ("chosen", "rejected") for r in rows]
         responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts, strict=True)]
@@ -185,7 +184,6 @@ def train_reward_model(args, tok, device):
         seen = [*seen, torch.cat([chosen, rejected]).detach()][-100:]
         metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
         checkpoints.save(step, seen=seen)
-
     engine.eval()
     right, seen = [], torch.cat(seen)
     with torch.no_grad():

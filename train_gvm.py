@@ -76,7 +76,6 @@ def parse_args(argv=None):
 
 # The loss
 
-
 def td_targets(q, score, mask, gamma, lam):
     """TD(lambda) targets: q (B, T), score (B,), mask (B, T) -> (B, T), 0 outside the mask.
 
@@ -108,7 +107,6 @@ def gvm_loss(q, reward, mask, args):
 
 
 # Offline data: rows, and tau
-
 
 class Labelled(list):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
@@ -147,7 +145,6 @@ def encode(tok, rows, taus, args):
 
 
 # Table 4, figure 4
-
 
 @torch.no_grad()
 def token_values(gvm, tok, rows, taus, args, device, batch=32):
@@ -195,7 +192,7 @@ def correlation(x, y):
 
 
 def evaluate(gvm, tok, data, args, device):
-    """What the paper reports of a GVM, and on the toy its distance from the truth -> a dict for JSON."""
+    """What the paper reports of a GVM, and on the toy its distance from the truth -> OUT/eval.json."""
     taus = []
     for i, row in enumerate(data):
         rng = np.random.default_rng([args.seed, i])
@@ -223,6 +220,9 @@ def evaluate(gvm, tok, data, args, device):
                 pass
         rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
         out["true_q"] = dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
+    common.write_json(os.path.join(args.out, "eval.json"), out)
+    if common.rank() == 0:
+        print(report(out))
     return out
 
 
@@ -318,8 +318,8 @@ def main(argv=None):
         # 3. running moments of Q over response tokens, for dvpo.py; log, save
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else 0.99 * running + 0.01 * moments
-        metrics.log(step, loss=loss * common.world(), q_mean=moments[0], q_std=moments[1],
-                    tokens=common.all_sum(mask.sum()))
+        n_tokens, (q_mean, q_std) = common.all_sum(mask.sum()), moments
+        metrics.log(step, loss=loss * common.world(), q_mean=q_mean, q_std=q_std, tokens=n_tokens)
         checkpoints.save(step, running=running)
 
     # 4. save, measure
@@ -327,14 +327,11 @@ def main(argv=None):
     meta = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
     meta |= dict(zip(("q_mean", "q_std"), running.tolist(), strict=True))
     common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **meta)
-    result = evaluate(engine, tok, heldout, args, device)
-    common.write_json(os.path.join(args.out, "eval.json"), result)
-    if common.rank() == 0:
-        print(report(result) + f"\nwrote {args.out}/model")
+    evaluate(engine, tok, heldout, args, device)
 
 
 def use_trained(args, gvm, tok, data, device):
-    """--show or --eval-only."""
+    """--show or --eval-only: figure 4 or table 4 of --gvm."""
     meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
     args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
@@ -345,10 +342,7 @@ def use_trained(args, gvm, tok, data, device):
             common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
         tau = data.tau(args.policy, args.show[0], args.tau_pairs, np.random.default_rng(args.seed))
         return show(gvm, tok, *args.show, tau, args, device)
-    result = evaluate(gvm, tok, data, args, device)
-    common.write_json(os.path.join(args.out, "eval.json"), result)
-    if common.rank() == 0:
-        print(report(result))
+    return evaluate(gvm, tok, data, args, device)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ save_model writes a transformers folder, save_adapter a GVM or reward model, Che
 Open this file to save another format. What a stage itself must remember goes into Checkpoints.save.
 """
 import contextlib
-import hashlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -20,29 +20,14 @@ from safetensors.torch import load_file, save_file
 from runtime.processes import CUDA, all_max, barrier, die, finish, gathered, rank, world, write_json
 
 
-def model_fingerprint(lm):
-    """Which model: a hash of all names, shapes and first values, in bf16, so that CPU and GPU agree."""
-    digest = hashlib.sha256()
-    for key, w in sorted(lm.state_dict().items()):
-        values = w.detach().flatten()[:64].bfloat16().float().cpu().numpy()
-        digest.update(f"{key}{tuple(w.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tok):
-    """Which tokenizer: a hash of its vocabulary, special tokens and chat template."""
-    what = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
 @contextlib.contextmanager
 def new_folder(path):
     """A folder for all ranks to write in, which replaces `path` only once it is complete."""
     tmp, old = path + ".tmp", path + ".old"
     try:
         if rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            for leftover in (tmp, old):
+                shutil.rmtree(leftover, ignore_errors=True)
             os.makedirs(tmp)
         barrier()
         yield tmp
@@ -88,8 +73,8 @@ def save_adapter(model, name, tok, folder, **meta):
         if rank() == 0:
             weights = {k: p.detach().cpu().contiguous() for k, p in own.items()}
             save_file(weights, os.path.join(tmp, "adapter.safetensors"))
-            meta |= dict(trunk=model.fingerprint, tokenizer=tokenizer_fingerprint(tok))
-            write_json(os.path.join(tmp, "adapter.json"), dict(name=name, **model.adapters[name], **meta))
+            about = dict(name=name, **model.adapters[name], **model.fingerprints(tok), **meta)
+            write_json(os.path.join(tmp, "adapter.json"), about)
 
 
 def load_adapter(model, tok, folder, made_by):
@@ -100,8 +85,8 @@ def load_adapter(model, tok, folder, made_by):
         own = load_file(os.path.join(folder, "adapter.safetensors"))
     except (OSError, ValueError, SafetensorError) as e:
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
-    for what, found in ("trunk", model.fingerprint), ("tokenizer", tokenizer_fingerprint(tok)):
-        if meta.get(what) != found:
+    for what, fingerprint in model.fingerprints(tok).items():
+        if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
     model.add_head(meta["name"])
@@ -119,7 +104,7 @@ class Checkpoints:
 
     def __init__(self, args, out, keep=2, **engines):
         self.args, self.folder, self.keep, self.engines = args, os.path.join(out, "checkpoint"), keep, engines
-        self.stop, self.skipped = 0, 0
+        self.stop = self.skipped = 0
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
 
@@ -162,8 +147,8 @@ class Checkpoints:
     def last_whole(self):
         """Folder of the last checkpoint whose files are what was written; damaged ones are moved aside."""
         steps = self.steps()
-        for step in steps:
-            path, damaged = os.path.join(self.folder, f"step_{step}"), int(rank() == 0)
+        for path in [os.path.join(self.folder, f"step_{step}") for step in steps]:
+            damaged = int(rank() == 0)
             if damaged:
                 with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "files.json")) as f:
                     damaged = int(json.load(f) != check_sums(path))
@@ -177,7 +162,6 @@ class Checkpoints:
             die(f"{self.folder}: all checkpoints are damaged; start a new run without --resume")
         if rank() == 0:
             print(f"{self.folder}: no checkpoint to resume from; starting a new run", file=sys.stderr)
-        return None
 
     def save(self, step, **state):
         """`step` has just been done, counted from 0."""
@@ -192,9 +176,8 @@ class Checkpoints:
         with new_folder(os.path.join(self.folder, f"step_{step + 1}")) as tmp:
             for name, engine in self.engines.items():
                 engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
-            mine = dict(random=torch.get_rng_state(), state=state)
-            if CUDA:
-                mine["random_cuda"] = torch.cuda.get_rng_state()
+            cuda = dict(random_cuda=torch.cuda.get_rng_state()) if CUDA else {}
+            mine = dict(cuda, random=torch.get_rng_state(), state=state)
             torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
             if rank() == 0:
@@ -212,11 +195,11 @@ class Checkpoints:
 def check_sums(folder):
     """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
     sums = {}
-    for root, _, names in os.walk(folder):
-        for path in [os.path.join(root, name) for name in names if name != "files.json"]:
+    for path in pathlib.Path(folder).rglob("*"):
+        if path.is_file() and path.name != "files.json":
             crc = 0
             with open(path, "rb") as f:
                 while block := f.read(1 << 24):
                     crc = zlib.crc32(block, crc)
-            sums[os.path.relpath(path, folder)] = [os.path.getsize(path), crc]
+            sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
     return sums

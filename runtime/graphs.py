@@ -1,7 +1,7 @@
 """Graphs: --static-cache, a rollout whose decode step CUDA records once and then replays.
 
-Without a graph the host launches every kernel of every layer for every token, and the GPU waits. A graph needs
-memory that never moves: a KV cache of full length from the start.
+Without a graph the host launches every kernel of every layer for every token, and the GPU waits. A graph
+needs memory that never moves: a KV cache of full length from the start.
 Open this file to make rollouts faster, or for an architecture with another attention or cache.
 """
 import re
@@ -22,13 +22,13 @@ class StaticDecoder:
     stream = None                                       # one for all: cuBLAS keeps a workspace per stream
 
     def __init__(self, decoder, new):
-        config, prompts, (rows, length) = decoder.trunk.config, decoder.cache, decoder.positions.shape
+        config, prompts, length = decoder.trunk.config, decoder.cache, decoder.positions.shape[1]
         total = -(-(length + new) // 64) * 64
         decoder.cache = StaticCache(config=config, max_cache_len=total)
         moving = re.search("dynamic|longrope", str(getattr(config, "rope_parameters", "")))
         if config._attn_implementation != "sdpa" or any(decoder.cache.is_sliding) or moving:
-            die("--static-cache: this architecture has another attention than scaled_dot_product over all tokens, "
-                "or positions that depend on the length; leave the flag out")
+            die("--static-cache: this architecture's attention is not scaled_dot_product over all tokens, or "
+                "its positions depend on the length; leave the flag out")
         for i, layer in enumerate(prompts.layers):
             decoder.cache.update(layer.keys, layer.values, i)
             layer.keys = layer.values = None            # never hold both caches
@@ -51,7 +51,7 @@ class StaticDecoder:
             self.graph.replay()
         elif not token.is_cuda:
             self.append()
-        else:                                           # run once, which warms up, then record for later calls
+        else:                                           # run once, to warm up; then record for later calls
             StaticDecoder.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):

@@ -20,36 +20,36 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     models {role: LM}, the policy first; the largest backward pass is over rows x length tokens, of which the
     log-softmax sees rows x sampled; decode: rows and length of the rollout's KV cache.
     """
-    policy, plan, about, kept = next(iter(models.values())), {}, {}, 0
+    policy, about, kept = next(iter(models.values())), {}, 0
     element = next(policy.parameters()).element_size()
     adam = 8 if element == 4 and not args.zero else 12  # two moments, and fp32 weights unless the model's are
-    shards = [world() if args.zero >= stage else 1 for stage in range(4)]
     for role, model in models.items():
-        count = sum(p.numel() for p in model.parameters())
+        held = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        about[role] = dict(parameters=count, trainable=trained, bytes=count * element)
-        plan[f"{role}: weights"] = count * element / shards[3]
-        if trained:
-            plan[f"{role}: gradients"] = trained * element / shards[2]
-            plan[f"{role}: optimizer"] = 0 if args.offload and CUDA else trained * adam / shards[1]
-            kept = max(kept, bytes_per_token(model)["activation"])
+        about[role] = dict(parameters=held, trainable=trained, bytes=held * element)
+        kept = max(kept, bytes_per_token(model)["activation"] if trained else 0)
+    held, trained = (sum(model[key] for model in about.values()) for key in ("bytes", "trainable"))
+    shards = [world() if args.zero >= stage else 1 for stage in range(4)]
+    plan = {"weights": held / shards[3], "gradients": trained * element / shards[2]}
+    plan["optimizer"] = 0 if args.offload and CUDA else trained * adam / shards[1]
     if args.zero == 3 and decode[0]:
-        plan["a copy to decode with"] = next(iter(about.values()))["bytes"]
+        plan["a copy of the policy to decode with"] = next(iter(about.values()))["bytes"]
     vocab = policy.lm.config.get_text_config().vocab_size
     activations = rows * length * kept + min(CHUNK, rows * sampled) * vocab * (4 + element)
     cache = decode[0] * (decode[1] * bytes_per_token(policy)["cache"] + vocab * 12)
     plan["activations, or KV cache of the rollout"] = max(activations, cache)      # never both
-    total, free = sum(plan.values()), psutil.virtual_memory().available
-    free += sum(model["bytes"] for model in about.values())
+    total, free = sum(plan.values()), psutil.virtual_memory().available + held
     if CUDA:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
     if rank() == 0:
+        for role, model in about.items():
+            print(f"{role}: {model['parameters']:,} parameters, {model['trainable']:,} of them trained")
         for what, size in [*plan.items(), (f"together, of {free / 2**20:,.0f} MB that are free", total)]:
             print(f"{what:<52}{size / 2**20:>11,.0f} MB")
     write_json(os.path.join(args.out, "memory.json"), dict(plan=plan, total=total, free=free, models=about))
     if all_max(int(total > free)):
-        die(f"needs {total / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free; try --lora (dvpo.py), --zero 3 on "
-            "more GPUs, --offload, --gradient-checkpointing, smaller --mini-batch-size or larger --grad-accum")
+        die(f"needs {total / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free; try --lora (dvpo.py), "
+            "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
 
 
 def bytes_per_token(model):
@@ -63,7 +63,8 @@ def bytes_per_token(model):
         return tensor
 
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    model.switch(next((name for name in model.adapters if trained & set(model.adapter_parameters(name))), None))
+    adapters = [name for name in model.adapters if trained & set(model.adapter_parameters(name))]
+    model.switch(adapters[0] if adapters else None)
     model.train()                                       # --gradient-checkpointing works in train mode only
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = model.hidden(ids, torch.ones_like(ids), 15)

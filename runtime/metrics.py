@@ -143,5 +143,5 @@ def find_warnings(rows, window=10):
     if after["ended"] < 0.05:
         found.append("endless: hardly any response ends; raise --max-new-tokens, or check that SFT data end")
     if "gold" in now and after["gold"] < before["gold"] - 0.05 and after["q_mean"] > before["q_mean"]:
-        found.append("value hacking: value up, reward down; raise --kl-coef, label this policy (tools/label.py)")
+        found.append("value hacking: value up, reward down; raise --kl-coef, or use tools/label.py")
     return found

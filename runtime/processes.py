@@ -26,7 +26,7 @@ LAUNCHER_VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_
 
 
 def die(message, code=2, all_ranks=False):
-    """End the run with one line on stderr, what is wrong and how to fix it: the only way to end with an error.
+    """End the run with one line on stderr, what is wrong and how to fix it: the one way to end with an error.
 
     code: 2 for wrong input, 1 for a run that failed; all_ranks: print where rank 0 may not see the error.
     """
@@ -66,7 +66,7 @@ def seed(args):
 def finish(code=0):
     """End the process with all ranks together; does not return.
 
-    Python's own shutdown is skipped but for atexit's functions (wandb's, say): gloo's threads outlive DeepSpeed,
+    Python's own shutdown is skipped but for atexit's functions (wandb's, say): gloo's threads still run,
     and one that frees a tensor during the shutdown aborts the process (pytorch issue 190489).
     """
     if dist.is_initialized():

@@ -29,7 +29,7 @@ def read_rows(path, *kinds):
     rows, left_out = [], collections.Counter()
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(Progress(file, desc=path, delay=2, leave=False), 1):
+            for number, line in enumerate(Progress(file, desc=path, delay=2, leave=False), 1):  # noqa: B007
                 if line.strip():
                     row, keys, reason = check_row(line, kinds)
                     kinds = [keys]
@@ -84,7 +84,7 @@ def prompt_text(prompt):
     for message in prompt:
         role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise ValueError("messages must be {role, content} with the role system, user or assistant, and text")
+            raise ValueError("messages must be {role, content}: the role system, user or assistant, and text")
     if "user" not in [message["role"] for message in prompt]:
         raise ValueError("messages need a turn of the user")
     return "".join(message["content"] for message in prompt)
@@ -120,6 +120,7 @@ def load_function(spec):
             raise
         except Exception as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
-            die(f"{spec}: {type(e).__name__} in line {line}: {str(e)[:200]}; fix it, or give '' for none", 2, True)
+            error = f"{type(e).__name__} in line {line}: {str(e)[:200]}"
+            die(f"{spec}: {error}; fix it, or give '' for none", all_ranks=True)
 
     return call
