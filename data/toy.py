@@ -39,13 +39,13 @@ EOS, STUTTER = "<eos>", "<stutter>"
 
 class Policy(NamedTuple):
     """How a behaviour policy writes: the probability of each choice and of each kind of blunder."""
-    kind: float            # says something positive about the noun
-    wrong: float = 0.01    # answers a noun nobody asked for
-    stop: float = 0.02     # ends before both nouns are reviewed
-    stutter: float = 0.002 # says the same word twice; the clause is lost
-    slip: float = 0.003    # a random word in place of the right one
-    more: float = 0.05     # adds a clause after the second one
-    negate: float = 0.3    # uses "not" where it can
+    kind: float  # says something positive about the noun
+    wrong: float = 0.01  # answers a noun nobody asked for
+    stop: float = 0.02  # ends before both nouns are reviewed
+    stutter: float = 0.002  # says the same word twice; the clause is lost
+    slip: float = 0.003  # a random word in place of the right one
+    more: float = 0.05  # adds a clause after the second one
+    negate: float = 0.3  # uses "not" where it can
     intensify: float = 0.2
     opener: float = 0.4
 
@@ -58,19 +58,18 @@ POLICIES = {
     "poor": Policy(kind=0.03, wrong=0.03, stop=0.08, stutter=0.01, slip=0.01),
 }
 
-
 SFT_MIX = {"expert": 0.15, "good": 0.1, "average": 0.45, "clumsy": 0.15, "poor": 0.15}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar: what the text so far amounts to. A clause is "the NOUN was [not] [very|so|rather] ADJECTIVE ."
 
 
 class State(NamedTuple):
-    clauses: int = 0          # full stops so far, counted up to 3
-    credit: tuple = (0, 0)    # per requested noun: 0 nothing yet, 1 one positive clause, -1 one negative, 2 several
-    at: str = "start"         # start opener clause the noun was not very adjective broken
-    noun: int = -1            # of the clause under way: 0 or 1 a requested noun, 2 another one
+    clauses: int = 0  # full stops so far, counted up to 3
+    credit: tuple = (0, 0
+                     )  # per requested noun: 0 nothing yet, 1 one positive clause, -1 one negative, 2 several
+    at: str = "start"  # start opener clause the noun was not very adjective broken
+    noun: int = -1  # of the clause under way: 0 or 1 a requested noun, 2 another one
     negated: bool = False
     positive: bool = False
 
@@ -142,7 +141,7 @@ def next_words(state, policy, nouns):
         for word in words:
             out[word] = out.get(word, 0.0) + weight / len(words)
 
-    say(WORDS, p.slip)                                               # blunders first ...
+    say(WORDS, p.slip)  # blunders first ...
     free = 1 - p.slip
     if state.at in ("the", "noun", "was", "not", "very", "adjective"):
         say([STUTTER], p.stutter)
@@ -169,7 +168,7 @@ def next_words(state, policy, nouns):
         say(INTENSIFIERS, free * (1 - negate) * intensify)
         say(kind, free * (1 - negate) * (1 - intensify) * p.kind)
         say(unkind, free * (1 - negate) * (1 - intensify) * (1 - p.kind))
-    else:                                                            # adjective, broken: close the clause
+    else:  # adjective, broken: close the clause
         say(["."], free)
     return {word: q for word, q in out.items() if q > 0}
 
@@ -194,7 +193,7 @@ def values(policy):
     a value too. Which two nouns are asked for does not matter: one table serves all prompts.
     """
     nouns, index, queue = NOUNS[:2], {State(): 0}, [State()]
-    for state in queue:                                              # breadth first; the queue grows as we go
+    for state in queue:  # breadth first; the queue grows as we go
         for after in (advance(state, word, nouns) for word in WORDS):
             if after not in index:
                 index[after] = len(index)
@@ -204,7 +203,7 @@ def values(policy):
         for word, q in next_words(state, POLICIES[policy], nouns).items():
             if word == EOS:
                 r[i] += q * reward_of(state)
-            else:                                                    # STUTTER is no word of the grammar: it breaks the clause
+            else:  # STUTTER is no word of the grammar: it breaks the clause
                 P[i, index[advance(state, word, nouns)]] += q
     V = np.linalg.solve(np.eye(len(index)) - P, r)
     return {state: float(V[i]) for state, i in index.items()}
@@ -235,15 +234,17 @@ def tokenizer():
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token=EOS, unk_token="<unk>",
         additional_special_tokens=["<user>", "<assistant>"], model_max_length=256,
         chat_template="<bos>{% for m in messages %}{% if m.role == 'user' %} <user> {{ m.content }}"
-                      "{% else %} <assistant> {{ m.content }} <eos>{% endif %}{% endfor %}"
-                      "{% if add_generation_prompt %} <assistant>{% endif %}")
+        "{% else %} <assistant> {{ m.content }} <eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} <assistant>{% endif %}")
 
 
 def model_config(tok):
     from transformers import GPT2Config
 
-    return GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=64, n_layer=2, n_head=4, initializer_range=0.1, activation_function="gelu_pytorch_tanh",
-                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    return GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=64, n_layer=2, n_head=4,
+                      initializer_range=0.1, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0,
+                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tok.bos_token_id,
+                      eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
 
 
 def write_jsonl(path, rows):
@@ -261,8 +262,10 @@ def pair_up(rows, rng):
         for a, b in zip(group, rng.permutation(np.array(group, dtype=object))):
             if a["reward"] != b["reward"]:
                 win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
-                pairs.append({"prompt": a["prompt"], "chosen": win["response"], "rejected": lose["response"],
-                              "chosen_policy": win["policy"], "rejected_policy": lose["policy"]})
+                pairs.append({
+                    "prompt": a["prompt"], "chosen": win["response"], "rejected": lose["response"],
+                    "chosen_policy": win["policy"], "rejected_policy": lose["policy"]
+                })
     rng.shuffle(pairs)
     return pairs
 
@@ -283,18 +286,22 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
     # Positions start as sinusoids (arXiv 1706.03762), in which an offset is a rotation: a tau shifts the prompt to many places, and
     # from random positions each would have to be learned by itself.
     d = model.config.n_embd
-    angle = torch.arange(256)[:, None] / 10_000 ** (torch.arange(0, d, 2) / d)
+    angle = torch.arange(256)[:, None] / 10_000**(torch.arange(0, d, 2) / d)
     model.transformer.wpe.weight.data = 0.3 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
     model.save_pretrained(os.path.join(out, "model"))
     rng = np.random.default_rng(seed)
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(NOUNS, 2)]
     rng.shuffle(prompts)
-    for part, n_sft, n in (("", sft_rows, rows_per_policy), ("_heldout", sft_rows // 10, heldout_rows_per_policy)):
+    for part, n_sft, n in (("", sft_rows, rows_per_policy), ("_heldout", sft_rows // 10,
+                                                             heldout_rows_per_policy)):
+
         def draw(policy):
             """Labelled responses of one policy, the prompts in turn, without end."""
             for prompt in itertools.cycle(str(p) for p in rng.permutation(prompts)):
                 text = sample(prompt, policy, rng)
-                yield {"prompt": prompt, "response": text, "reward": gold_reward(prompt, text), "policy": policy}
+                yield {
+                    "prompt": prompt, "response": text, "reward": gold_reward(prompt, text), "policy": policy
+                }
 
         # Demonstrations come from everyone, and half of them stand at the end of a longer conversation with the same author, as
         # chat data do: the SFT model, trunk of the GVM, knows its way about behind a tau.
@@ -302,13 +309,19 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
         for policy, share in SFT_MIX.items():
             turns = draw(policy)
             for row in itertools.islice(turns, round(share * n_sft)):
-                said = [m for r in itertools.islice(turns, int(rng.choice([0, 1, 1, 2, 2]))) for m in (
-                    {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]})]
-                sft.append({"prompt": said + [{"role": "user", "content": row["prompt"]}] if said else row["prompt"], "response": row["response"]})
+                said = [
+                    m for r in itertools.islice(turns, int(rng.choice([0, 1, 1, 2, 2])))
+                    for m in ({"role": "user", "content": r["prompt"]},
+                              {"role": "assistant", "content": r["response"]})
+                ]
+                sft.append({
+                    "prompt": said + [{"role": "user", "content": row["prompt"]}] if said else row["prompt"],
+                    "response": row["response"]
+                })
         rng.shuffle(sft)
         rows = [r for policy in POLICIES for r in itertools.islice(draw(policy), n)]
         rng.shuffle(rows)
-        pairs = pair_up(rows, rng)                                   # the reward model sees the same rows as the GVM
+        pairs = pair_up(rows, rng)  # the reward model sees the same rows as the GVM
         write_jsonl(os.path.join(out, f"sft{part}.jsonl"), sft)
         write_jsonl(os.path.join(out, f"gvm{part}.jsonl"), rows)
         write_jsonl(os.path.join(out, f"pairs{part}.jsonl"), pairs)
@@ -316,7 +329,8 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="data/toy", help="folder to write (default: data/toy)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
     args = parser.parse_args(argv)

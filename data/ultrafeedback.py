@@ -25,8 +25,9 @@ import sys
 from tqdm import tqdm
 
 REPO, REVISION = "openbmb/UltraFeedback", "40b436560ca83a8dba36114c22ab3c66e43f6d5e"
-FILES = ("evol_instruct.jsonl", "false_qa.jsonl", "flan.jsonl", "sharegpt.jsonl", "truthful_qa.jsonl", "ultrachat.jsonl")
-PARTS = ("sft", 0.3), ("value", 0.8), ("rl", 1.0)           # upper bounds of the paper's 30 / 50 / 20
+FILES = ("evol_instruct.jsonl", "false_qa.jsonl", "flan.jsonl", "sharegpt.jsonl", "truthful_qa.jsonl",
+         "ultrachat.jsonl")
+PARTS = ("sft", 0.3), ("value", 0.8), ("rl", 1.0)  # upper bounds of the paper's 30 / 50 / 20
 HELDOUT = 0.02
 
 
@@ -43,7 +44,7 @@ def rating(completion):
     for annotation in (completion.get("annotations") or {}).values():
         try:
             numbers.append(float(annotation["Rating"]))
-        except (KeyError, TypeError, ValueError):           # "N/A", or an aspect without a rating
+        except (KeyError, TypeError, ValueError):  # "N/A", or an aspect without a rating
             pass
     numbers = [x for x in numbers if 1 <= x <= 5]
     if not numbers:
@@ -85,12 +86,14 @@ def pair(rows, prompt):
         return None
     other = worse[int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % len(worse)]
     out = dict(prompt=prompt, chosen=best["response"], rejected=other["response"])
-    return out | (dict(chosen_policy=best["policy"], rejected_policy=other["policy"]) if "policy" in best else {})
+    return out | (dict(chosen_policy=best["policy"], rejected_policy=other["policy"])
+                  if "policy" in best else {})
 
 
 def lines(paths):
     for path in paths:
-        with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
+        with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
+                                         desc=os.path.basename(path)) as bar:
             for number, line in enumerate(f, 1):
                 bar.update(len(line))
                 if line.strip():
@@ -115,9 +118,12 @@ def make(paths, out, binarized=False):
         try:
             prompt, rows = (binarized_rows if binarized else raw_rows)(row, dropped)
         except (KeyError, TypeError, IndexError, AttributeError) as e:
-            sys.exit(f"error: {path}:{number}: not a row of {'ultrafeedback_binarized' if binarized else 'UltraFeedback'} ({e!r})")
+            sys.exit(
+                f"error: {path}:{number}: not a row of {'ultrafeedback_binarized' if binarized else 'UltraFeedback'} ({e!r})"
+            )
         if not prompt.strip() or prompt in seen or len(rows) < 2:
-            dropped["empty prompts" if not prompt.strip() else "repeated prompts" if prompt in seen else "prompts with fewer than two completions"] += 1
+            dropped["empty prompts" if not prompt.strip() else "repeated prompts" if prompt in
+                    seen else "prompts with fewer than two completions"] += 1
             continue
         seen.add(prompt)
         part, heldout = place(prompt)
@@ -144,7 +150,8 @@ def make(paths, out, binarized=False):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--raw", nargs="+", help="local raw files instead of a download")
-    p.add_argument("--binarized", action="store_true", help="the raw files hold rows of ultrafeedback_binarized (JSON lines)")
+    p.add_argument("--binarized", action="store_true",
+                   help="the raw files hold rows of ultrafeedback_binarized (JSON lines)")
     p.add_argument("--out", default="data/ultrafeedback", help="folder to write (default: %(default)s)")
     args = p.parse_args(argv)
     if args.binarized and not args.raw:
@@ -159,7 +166,9 @@ def main(argv=None):
         try:
             args.raw = [hf_hub_download(REPO, name, repo_type="dataset", revision=REVISION) for name in FILES]
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-            sys.exit(f"error: {REPO} cannot be downloaded ({type(e).__name__}); give local copies of {', '.join(FILES)} with --raw")
+            sys.exit(
+                f"error: {REPO} cannot be downloaded ({type(e).__name__}); give local copies of {', '.join(FILES)} with --raw"
+            )
     count, dropped = make(args.raw, args.out, args.binarized)
     print("\n".join(f"{args.out}/{name}.jsonl: {n:,} rows" for name, n in count.items()))
     print("dropped: " + (", ".join(f"{n:,} {what}" for what, n in dropped.items()) or "nothing"))

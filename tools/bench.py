@@ -36,15 +36,28 @@ import common
 import dvpo
 import ppo_baseline
 
-gpt2 = lambda vocab, width, layers, heads: dict(model_type="gpt2", vocab_size=vocab, n_embd=width, n_layer=layers, n_head=heads, n_positions=1024, bos_token_id=0, eos_token_id=0)
-llama = lambda **sizes: dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, **sizes)
+
+def gpt2(vocab, width, layers, heads):
+    return dict(model_type="gpt2", vocab_size=vocab, n_embd=width, n_layer=layers, n_head=heads,
+                n_positions=1024, bos_token_id=0, eos_token_id=0)
+
+
+def llama(**sizes):
+    return dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192,
+                rope_theta=500000.0, **sizes)
+
+
 SHAPES = {
-    "tiny": gpt2(2048, 64, 2, 4), "14M": gpt2(8192, 384, 6, 6), "124M": gpt2(50257, 768, 12, 12),
-    "llama3-3b": llama(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True),
-    "llama3-8b": llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False),
+    "tiny": gpt2(2048, 64, 2, 4),
+    "14M": gpt2(8192, 384, 6, 6),
+    "124M": gpt2(50257, 768, 12, 12),
+    "llama3-3b": llama(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                       tie_word_embeddings=True),
+    "llama3-8b": llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, tie_word_embeddings=False),
 }
-METHODS = {"ppo": (ppo_baseline, ()), "dvpo": (dvpo, ()), "lora": (dvpo, ("--lora",))}
-PAIRS = 3                                                                  # in tau
+METHODS = {"ppo": (ppo_baseline, ()), "dvpo": (dvpo, ()), "lora": (dvpo, ("--lora", ))}
+PAIRS = 3  # in tau
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
@@ -58,16 +71,23 @@ def make(shape, prompt):
     V = config.vocab_size
     os.makedirs(out, exist_ok=True)
     with open(f"{out}/prompts_{prompt}.jsonl", "w") as f:
-        f.writelines(json.dumps(dict(prompt=" ".join(f"w{(97 * i + j) % V}" for j in range(prompt)))) + "\n" for i in range(512))
+        f.writelines(
+            json.dumps(dict(prompt=" ".join(f"w{(97 * i + j) % V}" for j in range(prompt)))) + "\n"
+            for i in range(512))
     if not os.path.exists(f"{out}/rm"):
         torch.manual_seed(0)
-        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)} | {"<eos>": V}, unk_token="w0"))      # an <eos> that the model cannot say: full lengths
+        words = Tokenizer(
+            models.WordLevel({f"w{i}": i
+                              for i in range(V)} | {"<eos>": V},
+                             unk_token="w0"))  # an <eos> that the model cannot say: full lengths
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="<eos>").save_pretrained(f"{out}/model")
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0",
+                                eos_token="<eos>").save_pretrained(f"{out}/model")
         with torch.device("cuda" if CUDA else "cpu"):
             AutoModelForCausalLM.from_config(config, dtype=DTYPE).save_pretrained(f"{out}/model")
         model, tok = common.load_model(f"{out}/model", trainable=False), common.load_tokenizer(f"{out}/model")
-        for name, meta in ("gvm", dict(q_mean=0.0, q_std=1.0, tau_pairs=PAIRS, tau_length=128, max_length=1024)), ("rm", dict(mean=0.0, std=1.0)):
+        for name, meta in ("gvm", dict(q_mean=0.0, q_std=1.0, tau_pairs=PAIRS, tau_length=128,
+                                       max_length=1024)), ("rm", dict(mean=0.0, std=1.0)):
             model.add_adapter(name, 8, 32), model.add_head(name)
             common.save_adapter(model, name, tok, f"{out}/{name}", **meta)
     return out
@@ -86,11 +106,13 @@ def mixed(turn, rows, new):
 def child(method, folder, lengths, argv):
     """Runs a stage. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the optimizer; FOLDER/METHOD.turn says how many it may do."""
     stage, spent, begin = METHODS[method][0], dict(optimizer=0.0), [time.perf_counter()]
-    step, log, join, turns = common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.join, itertools.count()
+    step, log, join, turns = common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.append_responses, itertools.count(
+    )
 
     def join_shorter(ids, attn, response, mask, pad):
         ends = mixed(next(turns) * common.world() + common.rank(), *mask.shape).to(mask.device)
-        return join(ids, attn, response, mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None]), pad)
+        return join(ids, attn, response,
+                    mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None]), pad)
 
     def timed_step(engine, *a, **k):
         common.Clock.wait()
@@ -112,20 +134,31 @@ def child(method, folder, lengths, argv):
         spent["optimizer"], begin[0] = 0.0, time.perf_counter()
         return row
 
-    common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.join = timed_step, log_and_wait, join_shorter if lengths == "mixed" else join
+    common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.append_responses = timed_step, log_and_wait, join_shorter if lengths == "mixed" else join
     stage.main(argv)
 
 
 def command(a, method, rounds, world, folder, rows, new):
     mini, accum = min(a.mini_batch_size, rows), min(a.grad_accum, rows // min(a.mini_batch_size, rows))
     if method == "trl":
-        return [a.trl, os.path.join(common.HERE, "tools/bench_trl.py"), folder, world, a.lengths, *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))]
+        return [
+            a.trl,
+            os.path.join(common.HERE, "experiments/bench_trl.py"), folder, world, a.lengths,
+            *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))
+        ]
     prompts = f"{world}/prompts_{a.prompt}.jsonl"
-    argv = ["--model", f"{world}/model", "--init-from", f"{world}/model", "--data", prompts, "--heldout", prompts, "--out", f"{folder}/{method}", "--max-prompt-length", a.prompt,
-            "--max-new-tokens", new, "--batch-size", rows, "--mini-batch-size", mini, "--grad-accum", accum, "--ppo-epochs", a.ppo_epochs, "--zero", a.zero, "--lr", 1e-6,
-            "--save-every", 10**6, *(("--rm", f"{world}/rm") if method == "ppo" else ("--gvm", f"{world}/gvm")), *METHODS[method][1]]
+    argv = [
+        "--model", f"{world}/model", "--init-from", f"{world}/model", "--data", prompts, "--heldout", prompts,
+        "--out", f"{folder}/{method}", "--max-prompt-length", a.prompt, "--max-new-tokens", new,
+        "--batch-size", rows, "--mini-batch-size", mini, "--grad-accum", accum, "--ppo-epochs", a.ppo_epochs,
+        "--zero", a.zero, "--lr", 1e-6, "--save-every", 10**6,
+        *(("--rm", f"{world}/rm") if method == "ppo" else ("--gvm", f"{world}/gvm")), *METHODS[method][1]
+    ]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(a.world)] if a.world > 1 else []
-    return [sys.executable, *launcher, os.path.abspath(__file__), "--child", method, folder, a.lengths, *map(str, argv)]
+    return [
+        sys.executable, *launcher,
+        os.path.abspath(__file__), "--child", method, folder, a.lengths, *map(str, argv)
+    ]
 
 
 def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
@@ -134,13 +167,14 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
     world, folder, files = make(shape, a.prompt), "out/bench/turns", {}
     os.makedirs(folder, exist_ok=True)
     if CUDA:
-        torch.cuda.empty_cache()                                           # the stages need the room
+        torch.cuda.empty_cache()  # the stages need the room
 
     def turn(method, n):
         """Let `method` do its step number n, and wait for its row."""
         with open(f"{folder}/{method}.turn", "w") as f:
             f.write(str(n + 1))
-        while not os.path.exists(f"{folder}/{method}.jsonl") or len(lines := open(f"{folder}/{method}.jsonl").readlines()) <= n or not lines[n].endswith("\n"):
+        while not os.path.exists(f"{folder}/{method}.jsonl") or len(
+                lines := open(f"{folder}/{method}.jsonl").readlines()) <= n or not lines[n].endswith("\n"):
             if files[method].poll() is not None:
                 sys.exit(f"error: {method} ended: see {folder}/{method}.log")
             time.sleep(0.02)
@@ -153,22 +187,34 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
             with open(f"{folder}/{m}.turn", "w") as f:
                 f.write("1")
             with open(f"{folder}/{m}.log", "w") as f:
-                files[m] = subprocess.Popen(command(a, m, rounds, world, folder, rows, new), stdout=f, stderr=f, env={k: v for k, v in os.environ.items() if k not in common.RANKS})
+                files[m] = subprocess.Popen(
+                    command(a, m, rounds, world, folder, rows, new), stdout=f, stderr=f,
+                    env={k: v
+                         for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES})
             turn(m, 0)
         seen = {m: [] for m in methods}
         for n in range(1, rounds + 1):
             for m in methods:
                 seen[m].append(turn(m, n))
-                print(f"{shape}, {rows} rows, {new} new tokens, round {n}: {m} {seen[m][-1]['sec_step']:.2f} s", flush=True)
+                print(
+                    f"{shape}, {rows} rows, {new} new tokens, round {n}: {m} {seen[m][-1]['sec_step']:.2f} s",
+                    flush=True)
     finally:
-        for process in files.values():                                     # and the ranks of a launcher, which have sessions of their own
-            for p in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+        for process in files.values():  # and the ranks of a launcher, which have sessions of their own
+            for p in [*psutil.Process(process.pid).children(recursive=True), process
+                      ] if process.poll() is None else []:
                 p.kill()
             process.wait()
     out = {}
     for m in methods:
-        middle = {k: statistics.median(r[k] for r in seen[m]) for k in ("sec_step", "sec_generate", "sec_score", "sec_train", "sec_optimizer", "tokens") if k in seen[m][0]}
-        out[m] = dict(middle, rounds=[r["sec_step"] for r in seen[m]], peak=seen[m][-1]["peak_bytes"], reserved=seen[m][-1]["peak_reserved"], tokens_per_second=middle["tokens"] / middle["sec_step"])
+        middle = {
+            k: statistics.median(r[k] for r in seen[m])
+            for k in ("sec_step", "sec_generate", "sec_score", "sec_train", "sec_optimizer", "tokens")
+            if k in seen[m][0]
+        }
+        out[m] = dict(middle, rounds=[r["sec_step"] for r in seen[m]], peak=seen[m][-1]["peak_bytes"],
+                      reserved=seen[m][-1]["peak_reserved"],
+                      tokens_per_second=middle["tokens"] / middle["sec_step"])
         if m != "trl":
             with open(f"{folder}/{m}/memory.json") as f:
                 plan = json.load(f)
@@ -200,7 +246,8 @@ def machine(shape, rows):
 
     small = x[:rows].clone()
     many = [w.clone() for _ in range(max(1, round(weights(shape)[0] / w.numel())))]
-    return dict(operations=2 * x.numel() * w.shape[1] / best(lambda: x @ w), decode=2 * small.numel() * w.shape[1] * len(many) / best(lambda: [small @ m for m in many]),
+    return dict(operations=2 * x.numel() * w.shape[1] / best(lambda: x @ w),
+                decode=2 * small.numel() * w.shape[1] * len(many) / best(lambda: [small @ m for m in many]),
                 bandwidth=2 * big.nbytes / best(lambda: other.copy_(big)))
 
 
@@ -210,15 +257,19 @@ def weights(shape):
 
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]))
-    blocks = sum(p.numel() for k, p in lm.named_parameters() if p.dim() == 2 and not any(name in k for name in ("emb", "wte", "wpe", "lm_head")))
-    return blocks, lm.get_input_embeddings().weight.numel(), sum(p.numel() for p in lm.parameters()), lm.config
+    blocks = sum(p.numel() for k, p in lm.named_parameters()
+                 if p.dim() == 2 and not any(name in k for name in ("emb", "wte", "wpe", "lm_head")))
+    return blocks, lm.get_input_embeddings().weight.numel(), sum(p.numel()
+                                                                 for p in lm.parameters()), lm.config
 
 
 def bytes_a_token(shape, rows, context):
     """What decoding one token for `rows` rows must read: the weights and the cache."""
     _, head, total, config = weights(shape)
-    kv = config.hidden_size * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
-    return (total - (0 if config.tie_word_embeddings else head) + rows * context * 2 * config.num_hidden_layers * kv) * torch.finfo(DTYPE).bits // 8
+    kv = config.hidden_size * getattr(config, "num_key_value_heads",
+                                      config.num_attention_heads) // config.num_attention_heads
+    return (total - (0 if config.tie_word_embeddings else head) +
+            rows * context * 2 * config.num_hidden_layers * kv) * torch.finfo(DTYPE).bits // 8
 
 
 def predict(a, method, rate, shape=None, rows=None, new=None):
@@ -230,36 +281,58 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
     blocks, vocabulary, total, config = weights(shape)
     D, layers, length = config.hidden_size, config.num_hidden_layers, a.prompt + new
-    forward = lambda n, context: 2 * n * blocks + 4 * n * (context / 2) * D * layers
+
+    def forward(n, context):
+        return 2 * n * blocks + 4 * n * (context / 2) * D * layers
+
     body, top = forward(rows * length, length), 2 * rows * new * vocabulary
-    pairs = max(0, min(PAIRS, (512 - a.prompt) // (a.prompt + min(new, 128))))                       # of tau, that fit in half the GVM's --max-length
+    pairs = max(0, min(PAIRS, (512 - a.prompt) //
+                       (a.prompt + min(new, 128))))  # of tau, that fit in half the GVM's --max-length
     tau = pairs * (a.prompt + min(new, 128))
     value = 2 * body if method == "ppo" else forward(tau, tau) + body + 4 * rows * length * tau * D * layers
-    again = min(a.mini_batch_size, rows) * new > common.CHUNK                                # the head runs forward once more in the backward pass
-    attention = 4 * rows * length * (length / 2) * D * layers                                # its backward is twice its forward, whatever is frozen
-    train = a.ppo_epochs * {"ppo": 6 * body + (3 + again) * top, "dvpo": 3 * body + (3 + again) * top, "lora": 2 * body + attention + (2 + again) * top}[method]
+    again = min(a.mini_batch_size,
+                rows) * new > common.CHUNK  # the head runs forward once more in the backward pass
+    attention = 4 * rows * length * (length /
+                                     2) * D * layers  # its backward is twice its forward, whatever is frozen
+    train = a.ppo_epochs * {
+        "ppo": 6 * body + (3 + again) * top, "dvpo": 3 * body +
+        (3 + again) * top, "lora": 2 * body + attention + (2 + again) * top
+    }[method]
     updates = a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
-    token = max(bytes_a_token(shape, rows, a.prompt + new / 2) / rate["bandwidth"], 2 * rows * (blocks + vocabulary) / rate["decode"])
-    seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * token, score=(2 * (body + top) + value) / rate["operations"],
-                   optimizer={"ppo": 2, "dvpo": 1, "lora": 0}[method] * updates * total * 4 * 10 / rate["bandwidth"])    # norm, clip; AdamW: 4 reads, 3 writes
-    return dict(seconds, train=train / rate["operations"] + seconds["optimizer"], step=sum(seconds.values()) + train / rate["operations"])
+    token = max(
+        bytes_a_token(shape, rows, a.prompt + new / 2) / rate["bandwidth"],
+        2 * rows * (blocks + vocabulary) / rate["decode"])
+    seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * token,
+                   score=(2 * (body + top) + value) / rate["operations"],
+                   optimizer={"ppo": 2, "dvpo": 1, "lora": 0}[method] * updates * total * 4 * 10 /
+                   rate["bandwidth"])  # norm, clip; AdamW: 4 reads, 3 writes
+    return dict(seconds, train=train / rate["operations"] + seconds["optimizer"],
+                step=sum(seconds.values()) + train / rate["operations"])
 
 
 def decode(a, shape):
     """The stage's rollout against `generate` on the same prompts, in turns; and greedily: the same tokens."""
     world = make(shape, a.prompt)
-    model, tok = common.load_model(f"{world}/model", trainable=False).eval(), common.load_tokenizer(f"{world}/model")
+    model, tok = common.load_model(f"{world}/model",
+                                   trainable=False).eval(), common.load_tokenizer(f"{world}/model")
     device = next(model.parameters()).device
-    prompts = [common.encode_prompt(tok, r["prompt"])[-a.prompt:] for r, _ in zip(common.Rows(f"{world}/prompts_{a.prompt}.jsonl", []), range(a.batch_size))]
+    prompts = [
+        common.encode_prompt(tok, r["prompt"])[-a.prompt:]
+        for r, _ in zip(common.read_rows(f"{world}/prompts_{a.prompt}.jsonl", []), range(a.batch_size))
+    ]
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)
     args = argparse.Namespace(max_new_tokens=a.new, temperature=1.0, static_cache=False)
-    plain = dict(attention_mask=attn, max_new_tokens=a.new, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, top_k=0, top_p=1.0)
+    plain = dict(attention_mask=attn, max_new_tokens=a.new, eos_token_id=tok.eos_token_id,
+                 pad_token_id=tok.pad_token_id, top_k=0, top_p=1.0)
 
     def ours(static):
-        args.static_cache = static                                         # on CUDA with a graph
+        args.static_cache = static  # on CUDA with a graph
         return dvpo.rollout(model, prompts, tok, args, device)[0][:, a.prompt:]
 
-    runs = {"rollout": lambda: ours(False), "static": lambda: ours(True), "generate": lambda: model.lm.generate(ids, do_sample=True, **plain)}
+    runs = {
+        "rollout": lambda: ours(False), "static": lambda: ours(True),
+        "generate": lambda: model.lm.generate(ids, do_sample=True, **plain)
+    }
     seconds = {k: [] for k in runs}
     with torch.no_grad():
         for n in range(a.rounds + 1):
@@ -269,12 +342,17 @@ def decode(a, shape):
                 f()
                 common.Clock.wait()
                 seconds[name].append(time.perf_counter() - begin)
-        args.temperature, _ = 1e-5, model.float()                          # in bf16 the two best are often equal
-        greedy = model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:, a.prompt:]
+        args.temperature, _ = 1e-5, model.float()  # in bf16 the two best are often equal
+        greedy = model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:,
+                                                                                                    a.prompt:]
         same = min((ours(static) == greedy).float().mean().item() for static in (False, True))
     middle = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-    floor = bytes_a_token(shape, a.batch_size, a.prompt + a.new / 2) / machine(shape, a.batch_size)["bandwidth"]
-    return dict(middle, ratio=middle["generate"] / middle["rollout"], floor=floor * a.new, greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new, rounds={k: v[1:] for k, v in seconds.items()})
+    floor = bytes_a_token(shape, a.batch_size, a.prompt + a.new / 2) / machine(shape,
+                                                                               a.batch_size)["bandwidth"]
+    return dict(middle, ratio=middle["generate"] / middle["rollout"], floor=floor * a.new,
+                greedy_tokens_equal=same, rows=a.batch_size, prompt=a.prompt, new=a.new,
+                rounds={k: v[1:]
+                        for k, v in seconds.items()})
 
 
 @torch.no_grad()
@@ -286,12 +364,18 @@ def attention(a):
     """
     _, _, _, config = weights(a.shape)
     B, H, KV, L, device = a.batch_size, config.num_attention_heads, config.num_key_value_heads, a.prompt + a.new, "cuda" if CUDA else "cpu"
-    q, *layers = (torch.randn(*shape, config.hidden_size // H, device=device, dtype=DTYPE) for shape in [(B, H, 1)] + config.num_hidden_layers * [(2, B, KV, L)])
-    mask, sdpa = torch.ones(B, 1, 1, L, dtype=torch.bool, device=device), torch.nn.functional.scaled_dot_product_attention
-    ways = {"K and V repeated (transformers 5.17)": lambda k, v: sdpa(q, k.repeat_interleave(H // KV, 1), v.repeat_interleave(H // KV, 1), mask),
-            "enable_gqa": lambda k, v: sdpa(q, k, v, mask, enable_gqa=True),
-            "the group's queries as rows (transformers 5.23)": lambda k, v: sdpa(q.view(B, KV, H // KV, -1), k, v, mask).view_as(q),
-            "enable_gqa, no mask": lambda k, v: sdpa(q, k, v, enable_gqa=True)}
+    q, *layers = (torch.randn(*shape, config.hidden_size // H, device=device, dtype=DTYPE)
+                  for shape in [(B, H, 1)] + config.num_hidden_layers * [(2, B, KV, L)])
+    mask, sdpa = torch.ones(B, 1, 1, L, dtype=torch.bool,
+                            device=device), torch.nn.functional.scaled_dot_product_attention
+    ways = {
+        "K and V repeated (transformers 5.17)": lambda k, v: sdpa(q, k.repeat_interleave(H // KV, 1),
+                                                                  v.repeat_interleave(H // KV, 1), mask),
+        "enable_gqa": lambda k, v: sdpa(q, k, v, mask, enable_gqa=True),
+        "the group's queries as rows (transformers 5.23)": lambda k, v: sdpa(q.view(B, KV, H // KV, -1), k, v,
+                                                                             mask).view_as(q),
+        "enable_gqa, no mask": lambda k, v: sdpa(q, k, v, enable_gqa=True)
+    }
     out = {}
     for way, f in ways.items():
         if CUDA:
@@ -304,8 +388,11 @@ def attention(a):
                 f(k, v)
             common.Clock.wait()
             seconds.append((time.perf_counter() - begin) / len(layers))
-        out[way] = dict(seconds=statistics.median(seconds[1:]), off=(f(k, v) - ways["enable_gqa, no mask"](k, v)).abs().max().item(), extra=torch.cuda.max_memory_allocated() - held if CUDA else None)
-    return dict(ways=out, rows=B, length=L, query_heads=H, heads=KV, floor=layers[0].nbytes / machine(a.shape, B)["bandwidth"])
+        out[way] = dict(seconds=statistics.median(seconds[1:]),
+                        off=(f(k, v) - ways["enable_gqa, no mask"](k, v)).abs().max().item(),
+                        extra=torch.cuda.max_memory_allocated() - held if CUDA else None)
+    return dict(ways=out, rows=B, length=L, query_heads=H, heads=KV,
+                floor=layers[0].nbytes / machine(a.shape, B)["bandwidth"])
 
 
 def plans(prompt, new):
@@ -321,27 +408,36 @@ def plans(prompt, new):
 
         def lm(layers):
             with torch.device("meta"):
-                return common.LM(AutoModelForCausalLM.from_config(AutoConfig.for_model(**dict(SHAPES[shape], num_hidden_layers=layers)), dtype=torch.bfloat16))
+                return common.LM(
+                    AutoModelForCausalLM.from_config(
+                        AutoConfig.for_model(**dict(SHAPES[shape], num_hidden_layers=layers)),
+                        dtype=torch.bfloat16))
 
         def kept(lora, checkpointed):
             """probe() of the whole depth."""
             seen = []
             for layers in (1, 2):
-                small = lm(layers).to_empty(device="cpu")                       # whatever the numbers are, the bytes are the same
+                small = lm(layers).to_empty(device="cpu")  # whatever the numbers are, the bytes are the same
                 if lora:
                     small.requires_grad_(False)
                     small.add_adapter("policy", 8, 32)
                 if checkpointed:
                     small.checkpoint_blocks()
                 seen.append(real[0](small))
-            return {k: seen[0][k] + (config.num_hidden_layers - 1) * (seen[1][k] - seen[0][k]) for k in seen[0]}
+            return {
+                k: seen[0][k] + (config.num_hidden_layers - 1) * (seen[1][k] - seen[0][k])
+                for k in seen[0]
+            }
 
         try:
-            common.fingerprint, common.all_max = lambda lm: "", lambda n: 0         # nothing to hash; no other ranks to ask, and no refusal
+            common.fingerprint, common.all_max = lambda lm: "", lambda n: 0  # nothing to hash; no other ranks to ask, and no refusal
             for method in METHODS:
                 frozen = lm(config.num_hidden_layers).requires_grad_(False)
-                models = {"policy": lm(config.num_hidden_layers), "critic": lm(config.num_hidden_layers), "frozen": frozen} if method == "ppo" else {
-                    "policy": lm(config.num_hidden_layers), "frozen": frozen} if method == "dvpo" else {"all": frozen}
+                models = {
+                    "policy": lm(config.num_hidden_layers), "critic": lm(config.num_hidden_layers),
+                    "frozen": frozen
+                } if method == "ppo" else {"policy": lm(config.num_hidden_layers), "frozen": frozen
+                                           } if method == "dvpo" else {"all": frozen}
                 if method == "lora":
                     with torch.device("meta"):
                         frozen.add_adapter("policy", 8, 32)
@@ -350,13 +446,21 @@ def plans(prompt, new):
                     common.probe = lambda model: sizes
                     for ranks, zero in ((1, 1), (8, 1), (8, 3)):
                         common.world = lambda: ranks
-                        args = argparse.Namespace(zero=zero, offload=False, gradient_checkpointing=checkpointed, out="out/bench/plan", lora=method == "lora", mini_batch_size=2)
+                        args = argparse.Namespace(zero=zero, offload=False,
+                                                  gradient_checkpointing=checkpointed, out="out/bench/plan",
+                                                  lora=method == "lora", mini_batch_size=2)
                         with contextlib.redirect_stdout(io.StringIO()):
                             common.memory_plan(models, args, 2, prompt + new, new, decode=(8, prompt + new))
                         with open("out/bench/plan/memory.json") as f:
                             plan = json.load(f)
-                        found.append(dict(shape=shape, method=method, ranks=ranks, zero=zero, gradient_checkpointing=checkpointed,
-                                          total=sum(v for k, v in plan["plan"].items() if k not in ("python and libraries", "whole models at the start, before they are sharded")), plan=plan["plan"]))
+                        found.append(
+                            dict(
+                                shape=shape, method=method, ranks=ranks, zero=zero,
+                                gradient_checkpointing=checkpointed,
+                                total=sum(v for k, v in plan["plan"].items()
+                                          if k not in ("python and libraries",
+                                                       "whole models at the start, before they are sharded")),
+                                plan=plan["plan"]))
         finally:
             common.probe, common.world, common.fingerprint, common.all_max = real
     return found
@@ -367,45 +471,96 @@ def plans(prompt, new):
 
 
 def table(head, rows):
-    return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(r) + " |" for r in rows), ""]
+    return [
+        "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+        *("| " + " | ".join(r) + " |" for r in rows), ""
+    ]
 
 
 def report(data, path):
-    MB, out = 2**20, [f"# Cost of a step, on {data['machine']}", "", "Random weights; medians. Made by tools/bench.py; the commands stand with each part."]
+    MB, out = 2**20, [
+        f"# Cost of a step, on {data['machine']}", "",
+        "Random weights; medians. Made by tools/bench.py; the commands stand with each part."
+    ]
     for shape, part in data.get("steps", {}).items():
         got, want = part["measured"], part["predicted"]
-        out += ["", f"## {shape}: PPO and DVPO in turns", "", f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
-                f"of {part['rows']} rows {part['rate']['decode'] / 1e9:,.0f} G; bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."]
-        out += table(("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
-            (m, *(f"{r['sec_' + k]:.2f}" if "sec_" + k in r else "" for k in ("generate", "score", "train", "optimizer", "step")), f"{r['tokens_per_second']:.1f}", *((f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}") if m in want else ("", "")),
-             f"{r['peak'] / MB:,.0f}", *((f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") if "planned" in r else ("", ""))) for m, r in got.items()])
+        out += [
+            "", f"## {shape}: PPO and DVPO in turns", "",
+            f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
+            f"of {part['rows']} rows {part['rate']['decode'] / 1e9:,.0f} G; bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."
+        ]
+        out += table(
+            ("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s",
+             "step / floor", "peak MB", "planned MB", "planned / peak"),
+            [(m, *(f"{r['sec_' + k]:.2f}" if "sec_" + k in r else ""
+                   for k in ("generate", "score", "train", "optimizer", "step")),
+              f"{r['tokens_per_second']:.1f}",
+              *((f"{want[m]['step']:.2f}", f"{r['sec_step'] / want[m]['step']:.2f}") if m in want else
+                ("", "")), f"{r['peak'] / MB:,.0f}",
+              *((f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") if "planned" in r else
+                ("", ""))) for m, r in got.items()])
         for base in [m for m in ("trl", "ppo") if m in got]:
-            out += table((f"against {base}", "time", "predicted", "measured / predicted", "smallest and largest of the rounds", "memory"), [
-                (m, f"{r['sec_step'] / got[base]['sec_step']:.3f}", *((f"{want[m]['step'] / want[base]['step']:.3f}", f"{r['sec_step'] / got[base]['sec_step'] / (want[m]['step'] / want[base]['step']):.3f}") if base in want else ("", "")),
-                 " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got[base]['rounds'])):.3f}" for f in (min, max)), f"{r['peak'] / got[base]['peak']:.3f}")
-                for m, r in got.items() if m not in (base, "trl")])
-        out += ["What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}" for k, v in r["plan"].items()) for m, r in got.items() if "plan" in r) + "."]
+            out += table(
+                (f"against {base}", "time", "predicted", "measured / predicted",
+                 "smallest and largest of the rounds", "memory"),
+                [(m, f"{r['sec_step'] / got[base]['sec_step']:.3f}",
+                  *((f"{want[m]['step'] / want[base]['step']:.3f}",
+                     f"{r['sec_step'] / got[base]['sec_step'] / (want[m]['step'] / want[base]['step']):.3f}")
+                    if base in want else
+                    ("", "")), " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got[base]['rounds'])):.3f}"
+                                           for f in (min, max)), f"{r['peak'] / got[base]['peak']:.3f}")
+                 for m, r in got.items() if m not in (base, "trl")])
+        out += [
+            "What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}"
+                                                                             for k, v in r["plan"].items())
+                                                        for m, r in got.items() if "plan" in r) + "."
+        ]
     if "decode" in data:
         out += ["", "## The rollout against transformers' generate", "", f"`{data['decode']['command']}`"]
-        out += table(("shape", "rows", "prompt", "new", "rollout s", "with --static-cache", "generate s", "generate / rollout", "bytes over bandwidth s", "greedy tokens equal"), [
-            (shape, *(str(r[k]) for k in ("rows", "prompt", "new")), *(f"{r[k]:.3f}" for k in ("rollout", "static", "generate")), f"{r['ratio']:.2f}", f"{r['floor']:.3f}", f"{r['greedy_tokens_equal']:.4f}")
-            for shape, r in data["decode"]["shapes"].items()])
+        out += table(
+            ("shape", "rows", "prompt", "new", "rollout s", "with --static-cache", "generate s",
+             "generate / rollout", "bytes over bandwidth s", "greedy tokens equal"),
+            [(shape, *(str(r[k])
+                       for k in ("rows", "prompt", "new")), *(f"{r[k]:.3f}"
+                                                              for k in ("rollout", "static", "generate")),
+              f"{r['ratio']:.2f}", f"{r['floor']:.3f}", f"{r['greedy_tokens_equal']:.4f}")
+             for shape, r in data["decode"]["shapes"].items()])
     if "attention" in data:
-        out += ["", "## One token's attention, one layer, several query heads to a key", "", f"`{data['attention']['command']}`"]
-        out += table(("shape", "rows", "cache", "query heads / heads", "how", "ms", "bytes over bandwidth ms", "extra MB", "largest difference"), [
-            (shape, str(r["rows"]), str(r["length"]), f"{r['query_heads']} / {r['heads']}", how, f"{x['seconds'] * 1e3:.3f}", f"{r['floor'] * 1e3:.3f}", "" if x["extra"] is None else f"{x['extra'] / MB:,.0f}", f"{x['off']:.0e}")
-            for shape, r in data["attention"]["shapes"].items() for how, x in r["ways"].items()])
+        out += [
+            "", "## One token's attention, one layer, several query heads to a key", "",
+            f"`{data['attention']['command']}`"
+        ]
+        out += table(("shape", "rows", "cache", "query heads / heads", "how", "ms", "bytes over bandwidth ms",
+                      "extra MB", "largest difference"),
+                     [(shape, str(r["rows"]), str(r["length"]), f"{r['query_heads']} / {r['heads']}", how,
+                       f"{x['seconds'] * 1e3:.3f}", f"{r['floor'] * 1e3:.3f}",
+                       "" if x["extra"] is None else f"{x['extra'] / MB:,.0f}", f"{x['off']:.0e}")
+                      for shape, r in data["attention"]["shapes"].items() for how, x in r["ways"].items()])
     if "plans" in data:
-        out += ["", "## Planned for real models, not measured", "", f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch 8, mini-batch 2; what is only held while models load left out."]
-        out += table(("shape", "ranks", "ZeRO", "gradient checkpointing", *METHODS), [
-            (shape, str(ranks), str(zero), "yes" if c else "no", *(f"{next(p['total'] for p in data['plans']['plans'] if (p['shape'], p['ranks'], p['zero'], p['gradient_checkpointing'], p['method']) == (shape, ranks, zero, c, m)) / 2**30:.1f}" for m in METHODS))
-            for shape, ranks, zero, c in dict.fromkeys((p["shape"], p["ranks"], p["zero"], p["gradient_checkpointing"]) for p in data["plans"]["plans"])])
+        out += [
+            "", "## Planned for real models, not measured", "",
+            f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch 8, mini-batch 2; what is only held while models load left out."
+        ]
+        out += table((
+            "shape", "ranks", "ZeRO", "gradient checkpointing", *METHODS
+        ), [(shape, str(ranks), str(zero), "yes" if c else "no", *(
+            f"{next(p['total'] for p in data['plans']['plans'] if (p['shape'], p['ranks'], p['zero'], p['gradient_checkpointing'], p['method']) == (shape, ranks, zero, c, m)) / 2**30:.1f}"
+            for m in METHODS)) for shape, ranks, zero, c in dict.fromkeys(
+                (p["shape"], p["ranks"], p["zero"], p["gradient_checkpointing"])
+                for p in data["plans"]["plans"])])
     if "growth" in data:
-        out += ["", "## How cost grows", "", f"`{data['growth']['command']}`; measured against the floor, which counts operations and bytes."]
-        out += table(("shape", "rows", "new tokens", "method", "step s", "floor s", "step / floor", "peak MB", "planned MB", "planned / peak"), [
-            (p["shape"], str(p["rows"]), str(p["new"]), m, f"{r['sec_step']:.2f}", f"{r['floor']:.2f}", f"{r['sec_step'] / r['floor']:.2f}", f"{r['peak'] / MB:,.0f}",
-             f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") for p in data["growth"]["points"] for m, r in p["measured"].items()])
-        out += ["![how cost grows](bench_growth.png)"] if os.path.exists(os.path.join(os.path.dirname(path), "bench_growth.png")) else []
+        out += [
+            "", "## How cost grows", "",
+            f"`{data['growth']['command']}`; measured against the floor, which counts operations and bytes."
+        ]
+        out += table(("shape", "rows", "new tokens", "method", "step s", "floor s", "step / floor", "peak MB",
+                      "planned MB", "planned / peak"),
+                     [(p["shape"], str(p["rows"]), str(p["new"]), m, f"{r['sec_step']:.2f}",
+                       f"{r['floor']:.2f}", f"{r['sec_step'] / r['floor']:.2f}", f"{r['peak'] / MB:,.0f}",
+                       f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}")
+                      for p in data["growth"]["points"] for m, r in p["measured"].items()])
+        out += ["![how cost grows](bench_growth.png)"] if os.path.exists(
+            os.path.join(os.path.dirname(path), "bench_growth.png")) else []
     with open(path, "w") as f:
         f.write("\n".join(out) + "\n")
     print("\n".join(out))
@@ -414,49 +569,84 @@ def report(data, path):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="124M", help="(default: %(default)s)")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all, in turns)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS),
+                   help="(default: all, in turns)")
     p.add_argument("--prompt", type=int, default=64, help="tokens (default: %(default)s)")
     p.add_argument("--new", type=int, default=128, help="tokens (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=8, help="rows a rollout and rank (paper, default: %(default)s)")
-    p.add_argument("--mini-batch-size", type=int, default=2, help="rows a forward pass (paper, default: %(default)s)")
-    p.add_argument("--grad-accum", type=int, default=2, help="mini-batches an update (paper, default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=8,
+                   help="rows a rollout and rank (paper, default: %(default)s)")
+    p.add_argument("--mini-batch-size", type=int, default=2,
+                   help="rows a forward pass (paper, default: %(default)s)")
+    p.add_argument("--grad-accum", type=int, default=2,
+                   help="mini-batches an update (paper, default: %(default)s)")
     p.add_argument("--ppo-epochs", type=int, default=4, help="(paper, default: %(default)s)")
-    p.add_argument("--lengths", choices=("full", "mixed"), default="full", help="mixed: answers end early, spread like real ones; no floor is counted then (default: %(default)s)")
+    p.add_argument(
+        "--lengths", choices=("full", "mixed"), default="full",
+        help="mixed: answers end early, spread like real ones; no floor is counted then (default: %(default)s)"
+    )
     p.add_argument("--zero", type=int, default=int(CUDA), help="(default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=5, help="steps of each method that count (default: %(default)s)")
-    p.add_argument("--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (tools/bench_trl.py)")
+    p.add_argument("--rounds", type=int, default=5,
+                   help="steps of each method that count (default: %(default)s)")
+    p.add_argument(
+        "--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (experiments/bench_trl.py)")
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
     p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
-    p.add_argument("--attention", action="store_true", help="one token's attention with shared heads, four ways (--shape llama3-3b or llama3-8b)")
-    p.add_argument("--growth", action="store_true", help="a series of sizes around 14M, 4 rows, 64 new tokens")
-    p.add_argument("--plan", action="store_true", help="what real models would hold by the formulas alone; nothing is run")
-    p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json", help="(default: %(default)s)")
+    p.add_argument("--attention", action="store_true",
+                   help="one token's attention with shared heads, four ways (--shape llama3-3b or llama3-8b)")
+    p.add_argument("--growth", action="store_true",
+                   help="a series of sizes around 14M, 4 rows, 64 new tokens")
+    p.add_argument("--plan", action="store_true",
+                   help="what real models would hold by the formulas alone; nothing is run")
+    p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json",
+                   help="(default: %(default)s)")
     a = p.parse_args(argv)
     a.methods = ["trl"] * bool(a.trl) + a.methods
     words = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     data = json.load(open(a.to)) if os.path.exists(a.to) else {}
     if not a.plan or "machine" not in data:
-        data["machine"] = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
+        data["machine"] = torch.cuda.get_device_name(
+        ) if CUDA else f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
     if a.decode:
-        data["decode"] = dict(command=words, shapes={shape: decode(a, shape) for shape in dict.fromkeys(("tiny", a.shape)) if a.prompt + a.new <= SHAPES[shape].get("n_positions", 8192)})
+        data["decode"] = dict(
+            command=words, shapes={
+                shape: decode(a, shape)
+                for shape in dict.fromkeys(("tiny", a.shape))
+                if a.prompt + a.new <= SHAPES[shape].get("n_positions", 8192)
+            })
     elif a.attention:
         if SHAPES[a.shape]["model_type"] != "llama":
-            common.die(f"--attention: each query head of {a.shape} has keys of its own; take --shape llama3-3b or llama3-8b")
+            common.die(
+                f"--attention: each query head of {a.shape} has keys of its own; take --shape llama3-3b or llama3-8b"
+            )
         data["attention"] = dict(command=words, shapes={a.shape: attention(a)})
     elif a.plan:
         os.makedirs("out/bench/plan", exist_ok=True)
         data["plans"] = dict(command=words, plans=plans(a.prompt, a.new))
     elif a.growth:
-        series = [("14M", rows, 64) for rows in (2, 4, 8, 16)] + [("14M", 4, new) for new in (32, 128, 256)] + [(shape, 4, 64) for shape in ("tiny", "124M")]
+        series = [("14M", rows, 64)
+                  for rows in (2, 4, 8, 16)] + [("14M", 4, new)
+                                                for new in (32, 128, 256)] + [(shape, 4, 64)
+                                                                              for shape in ("tiny", "124M")]
         points = []
         for shape, rows, new in series:
             rate, measured = machine(shape, rows), side_by_side(a, a.methods, a.rounds, shape, rows, new)
-            points.append(dict(shape=shape, rows=rows, new=new, measured={m: dict(r, floor=predict(a, m, rate, shape, rows, new)["step"]) for m, r in measured.items()}))
+            points.append(
+                dict(
+                    shape=shape, rows=rows, new=new, measured={
+                        m: dict(r, floor=predict(a, m, rate, shape, rows, new)["step"])
+                        for m, r in measured.items()
+                    }))
         data["growth"] = dict(command=words, points=points)
     else:
         rate = machine(a.shape, a.batch_size)
-        part = dict(command=words, rows=a.batch_size, rate=rate, predicted={m: predict(a, m, rate) for m in a.methods if m != "trl" and a.lengths == "full"}, measured=side_by_side(a, a.methods, a.rounds))
-        data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" + (" at most" if a.lengths == "mixed" else "") + (f", {a.world} ranks" if a.world > 1 else "")] = part
+        part = dict(
+            command=words, rows=a.batch_size, rate=rate,
+            predicted={m: predict(a, m, rate)
+                       for m in a.methods
+                       if m != "trl" and a.lengths == "full"}, measured=side_by_side(a, a.methods, a.rounds))
+        data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" +
+                                     (" at most" if a.lengths == "mixed" else "") +
+                                     (f", {a.world} ranks" if a.world > 1 else "")] = part
     common.write_json(a.to, data)
     report(data, a.to[:-5] + ".md")
 

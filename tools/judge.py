@@ -47,7 +47,7 @@ After examining the user's instruction and the response, please first give the t
 
 Remember to assess from the AI Assistant perspective, utilizing web search knowledge as necessary. To evaluate the response in alignment with this additive scoring model, we'll systematically attribute points based on the outlined criteria."""
 PAIRWISE = "\n\nThere are two responses to the one question. Score each by itself, and write two lines in their order: Score 1: {total score} and Score 2: {total score}."
-TRIES, WAIT = 6, 1.0                                        # times, and seconds before the second; then twice as long each time
+TRIES, WAIT = 6, 1.0  # times, and seconds before the second; then twice as long each time
 
 
 class Refused(Exception):
@@ -56,27 +56,41 @@ class Refused(Exception):
 
 def read_scores(text, n):
     """The judge's words -> n scores, or None where one of them is missing or not in 0 to 5: "Score: 4", "**Score 2:** 3.5"; a score is never guessed."""
-    found = [re.search(rf"(?i)\bscore{'' if n == 1 else rf'[ #(]*{i}'}\b[^\d:\n]*:[\s*_{{]*([-\u2212]?\d+(?:\.\d+)?)", text) for i in range(1, n + 1)]
+    found = [
+        re.search(
+            rf"(?i)\bscore{'' if n == 1 else rf'[ #(]*{i}'}\b[^\d:\n]*:[\s*_{{]*([-\u2212]?\d+(?:\.\d+)?)",
+            text) for i in range(1, n + 1)
+    ]
     scores = [float(m.group(1).replace("\u2212", "-")) for m in found if m]
     return scores if len(scores) == n and all(0 <= s <= 5 for s in scores) else None
 
 
 class Endpoint:
     """An OpenAI-compatible chat API. Counts the tokens that it was charged for."""
-
     def __init__(self, model, timeout):
-        key, url = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
-        if not key.isascii() or not key.isprintable() or " " in key or not key or not url.startswith(("http://", "https://")):
-            common.die("set OPENAI_API_KEY and OPENAI_BASE_URL (the address up to and with /v1), or judge with --reward or --rm")
-        self.key, self.url, self.model, self.timeout, self.stop = key, url + "/chat/completions", model, timeout, threading.Event()
+        key, url = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL",
+                                                                                "").strip().rstrip("/")
+        if not key.isascii() or not key.isprintable() or " " in key or not key or not url.startswith(
+            ("http://", "https://")):
+            common.die(
+                "set OPENAI_API_KEY and OPENAI_BASE_URL (the address up to and with /v1), or judge with --reward or --rm"
+            )
+        self.key, self.url, self.model, self.timeout, self.stop = key, url + "/chat/completions", model, timeout, threading.Event(
+        )
 
     def ask(self, question, responses):
         """-> {scores, tokens_in, tokens_out, text}; scores in the order of the responses, None where there was no verdict to be had. Tries again where that can help."""
         system = SYSTEM + (PAIRWISE if len(responses) > 1 else "")
-        user = "\n".join([f"<Question>: {question}", *(f"<response>: {r}" if len(responses) == 1 else f"<response {i}>: {r}" for i, r in enumerate(responses, 1))])
-        body = json.dumps(dict(model=self.model, temperature=0, messages=[dict(role="system", content=system), dict(role="user", content=user)])).encode()
+        user = "\n".join([
+            f"<Question>: {question}", *(f"<response>: {r}" if len(responses) == 1 else f"<response {i}>: {r}"
+                                         for i, r in enumerate(responses, 1))
+        ])
+        body = json.dumps(
+            dict(model=self.model, temperature=0,
+                 messages=[dict(role="system", content=system),
+                           dict(role="user", content=user)])).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        request.add_unredirected_header("Authorization", "Bearer " + self.key)           # for nobody but this address
+        request.add_unredirected_header("Authorization", "Bearer " + self.key)  # for nobody but this address
         used = [0, 0]
         for attempt in range(TRIES):
             try:
@@ -92,13 +106,16 @@ class Endpoint:
                 problem = f"{e.code} {e.reason}"
                 if e.code in (401, 403, 404):
                     raise Refused(f"{self.url}: {problem}") from e
-                if e.code not in (408, 409, 429) and e.code < 500:                      # this question alone: too long, or filtered
+                if e.code not in (408, 409,
+                                  429) and e.code < 500:  # this question alone: too long, or filtered
                     break
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as e:   # no connection, cut short, not what the API promises
+            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError,
+                    TypeError) as e:  # no connection, cut short, not what the API promises
                 problem = f"{type(e).__name__}: {e}"
-            if attempt + 1 < TRIES and self.stop.wait(min(60, WAIT * 2 ** attempt)):
+            if attempt + 1 < TRIES and self.stop.wait(min(60, WAIT * 2**attempt)):
                 break
-        return dict(scores=None, tokens_in=used[0], tokens_out=used[1], text=f"{self.url}: gave up: {problem}")
+        return dict(scores=None, tokens_in=used[0], tokens_out=used[1],
+                    text=f"{self.url}: gave up: {problem}")
 
 
 def load(path):
@@ -107,10 +124,13 @@ def load(path):
         with open(path, encoding="utf-8") as f:
             rows = json.load(f)
         answers = {r["instruction"]: r["output"] for r in rows}
-        if not rows or len(answers) < len(rows) or not all(isinstance(s, str) for pair in answers.items() for s in pair):
+        if not rows or len(answers) < len(rows) or not all(
+                isinstance(s, str) for pair in answers.items() for s in pair):
             raise ValueError("empty, not text, or two answers to one instruction")
     except (OSError, ValueError, KeyError, TypeError) as e:
-        common.die(f"{path}: {e!r}; needs a list of {{instruction, output, generator}}, as tools/sample.py writes it")
+        common.die(
+            f"{path}: {e!r}; needs a list of {{instruction, output, generator}}, as tools/sample.py writes it"
+        )
     return answers, str(rows[0].get("generator", path))
 
 
@@ -118,11 +138,15 @@ def jobs(a, b, args):
     """What to ask: [(key, question, (answers in the order that the judge reads them), which is first)], two a question, one of both answers with --pairwise."""
     out = []
     for question in [q for q in a if q in b][:args.limit]:
-        first = random.Random(f"{args.seed} {question}").random() < 0.5           # True: the answer of A comes first
-        for order in ((first, not first) if args.both_orders or not args.pairwise else (first,)):
+        first = random.Random(f"{args.seed} {question}").random() < 0.5  # True: the answer of A comes first
+        for order in ((first, not first) if args.both_orders or not args.pairwise else (first, )):
             shown = (a[question], b[question]) if order else (b[question], a[question])
             shown = shown if args.pairwise else shown[:1]
-            key = hashlib.sha256(json.dumps([args.judge, os.environ.get("OPENAI_BASE_URL"), SYSTEM, args.pairwise and PAIRWISE, question, *shown]).encode()).hexdigest()[:24]
+            key = hashlib.sha256(
+                json.dumps([
+                    args.judge,
+                    os.environ.get("OPENAI_BASE_URL"), SYSTEM, args.pairwise and PAIRWISE, question, *shown
+                ]).encode()).hexdigest()[:24]
             out.append((key, question, shown, order))
     return out
 
@@ -131,17 +155,22 @@ def ask_all(judge, todo, args):
     """Asks the API what --to does not hold yet, several at a time -> {key: verdict}, and what was paid for questions that got no verdict."""
     verdicts = {}
     if os.path.exists(args.to):
-        with open(args.to, "rb+") as f:                                            # a run that was killed may have left half a line
+        with open(args.to, "rb+") as f:  # a run that was killed may have left half a line
             f.truncate(f.read().rfind(b"\n") + 1)
         with open(args.to) as f:
             verdicts = {v["key"]: v for v in map(json.loads, f)}
-    new = {key: (question, shown) for key, question, shown, _ in todo if (verdicts.get(key) or {}).get("scores") is None}
-    with open(args.to, "a") as f, tqdm(total=len(new), desc="judge", disable=not new) as bar, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+    new = {
+        key: (question, shown)
+        for key, question, shown, _ in todo if (verdicts.get(key) or {}).get("scores") is None
+    }
+    with open(args.to, "a") as f, common.Progress(total=len(new), desc="judge",
+                                       disable=not new) as bar, concurrent.futures.ThreadPoolExecutor(
+                                           args.at_once) as pool:
         lock = threading.Lock()
 
         def one(key):
             verdict = dict(judge.ask(*new[key]), key=key)
-            with lock:                                                             # what is paid for is written, whatever happens to the rest
+            with lock:  # what is paid for is written, whatever happens to the rest
                 verdicts[key] = verdict
                 f.write(json.dumps(verdict) + "\n")
                 f.flush()
@@ -172,7 +201,10 @@ def compare(todo, verdicts, pairwise):
         else:
             points.setdefault(question, {})[a_first] = verdicts[key]["scores"][0]
     points = {q: p for q, p in points.items() if q not in missing}
-    return {q: float(np.mean(p)) if pairwise else float((np.sign(p[True] - p[False]) + 1) / 2) for q, p in points.items()}
+    return {
+        q: float(np.mean(p)) if pairwise else float((np.sign(p[True] - p[False]) + 1) / 2)
+        for q, p in points.items()
+    }
 
 
 def bootstrap(points, seed, draws=10_000):
@@ -190,12 +222,14 @@ def local(args):
     import torch
 
     import ppo_baseline
-    tok, model = common.load_tokenizer(args.init_from), common.load_model(args.init_from, trainable=False).eval()
+    tok, model = common.load_tokenizer(args.init_from), common.load_model(args.init_from,
+                                                                          trainable=False).eval()
     common.load_adapter(model, tok, args.rm, made_by="python ppo_baseline.py")
     device = next(model.parameters()).device
 
     def ask(question, responses):
-        frame = common.frame([common.encode_prompt(tok, question)] * len(responses), [common.encode_response(tok, r) for r in responses], tok.pad_token_id, device)
+        frame = common.frame([common.encode_prompt(tok, question)] * len(responses),
+                             [common.encode_response(tok, r) for r in responses], tok.pad_token_id, device)
         with torch.no_grad():
             return dict(scores=ppo_baseline.scores(model, *frame).tolist())
 
@@ -207,16 +241,22 @@ def main(argv=None):
     p.add_argument("a", help="answers, AlpacaEval's format")
     p.add_argument("b", help="answers of the other, to the same questions")
     p.add_argument("--judge", default="gpt-4o-2024-08-06", help="model of the API (the paper's)")
-    p.add_argument("--reward", default=None, help="FILE.py:function(prompt, response) -> float instead of the API")
+    p.add_argument("--reward", default=None,
+                   help="FILE.py:function(prompt, response) -> float instead of the API")
     p.add_argument("--rm", default=None, help="reward model folder instead of the API")
-    p.add_argument("--init-from", default="out/tiny/sft/model", help="the SFT model that --rm is an adapter of")
-    p.add_argument("--pairwise", action="store_true", help="both answers in one message; half the calls, but order can matter")
-    p.add_argument("--both-orders", action="store_true", help="--pairwise: ask twice, each answer first once; the mean counts")
-    p.add_argument("--to", default="verdicts.jsonl", help="file that every verdict is appended to; what is in it is not asked again")
+    p.add_argument("--init-from", default="out/tiny/sft/model",
+                   help="the SFT model that --rm is an adapter of")
+    p.add_argument("--pairwise", action="store_true",
+                   help="both answers in one message; half the calls, but order can matter")
+    p.add_argument("--both-orders", action="store_true",
+                   help="--pairwise: ask twice, each answer first once; the mean counts")
+    p.add_argument("--to", default="verdicts.jsonl",
+                   help="file that every verdict is appended to; what is in it is not asked again")
     p.add_argument("--limit", type=int, default=None, help="only the first so many questions")
     p.add_argument("--at-once", type=int, default=8, help="calls at a time")
     p.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for one call")
-    p.add_argument("--price", type=float, nargs=2, default=None, metavar=("IN", "OUT"), help="money per million tokens read and written, to show the cost")
+    p.add_argument("--price", type=float, nargs=2, default=None, metavar=("IN", "OUT"),
+                   help="money per million tokens read and written, to show the cost")
     p.add_argument("--seed", type=int, default=1, help="of the order and the bootstrap")
     args = p.parse_args(argv)
     if args.reward and args.rm:
@@ -229,30 +269,41 @@ def main(argv=None):
     todo = jobs(a, b, args)
     if not todo:
         common.die(f"{args.a} and {args.b} have no instruction in common")
-    if here:                                                                           # costs nothing, and may have changed: asked anew each time
+    if here:  # costs nothing, and may have changed: asked anew each time
         ask = local(args)
-        verdicts = {key: ask(question, shown) for key, question, shown, _ in tqdm(todo, desc="judge")}
+        verdicts = {key: ask(question, shown) for key, question, shown, _ in common.Progress(todo, desc="judge")}
     else:
         verdicts = ask_all(Endpoint(args.judge, args.timeout), todo, args)
-    points, failed = compare(todo, verdicts, args.pairwise), [v["text"] for v in verdicts.values() if v["scores"] is None]
+    points, failed = compare(todo, verdicts,
+                             args.pairwise), [v["text"] for v in verdicts.values() if v["scores"] is None]
     if not points:
         common.die(f"no verdict at all; the last: {failed[-1]}")
     values = list(points.values())
     used = [0, 0]
     if not here:
-        with open(args.to) as f:                                                       # also what was paid for verdicts that never came
+        with open(args.to) as f:  # also what was paid for verdicts that never came
             mine = {key for key, *_ in todo}
-            used = np.sum([(v["tokens_in"], v["tokens_out"]) for v in map(json.loads, f) if v["key"] in mine], axis=0).tolist()
-    result = dict(a=name_a, b=name_b, judge=args.judge, pairwise=args.pairwise, both_orders=args.both_orders, questions=len(values), unanswered=len({q for _, q, *_ in todo}) - len(values),
-                  only_in_one=len(set(a) ^ set(b)), wins=sum(v > 0.5 for v in values), ties=sum(v == 0.5 for v in values), losses=sum(v < 0.5 for v in values),
-                  win_rate=float(np.mean(values)), interval=bootstrap(values, args.seed), tokens_in=used[0], tokens_out=used[1])
+            used = np.sum([(v["tokens_in"], v["tokens_out"]) for v in map(json.loads, f) if v["key"] in mine],
+                          axis=0).tolist()
+    result = dict(a=name_a, b=name_b, judge=args.judge, pairwise=args.pairwise, both_orders=args.both_orders,
+                  questions=len(values), unanswered=len({q
+                                                         for _, q, *_ in todo}) - len(values),
+                  only_in_one=len(set(a) ^ set(b)), wins=sum(v > 0.5 for v in values),
+                  ties=sum(v == 0.5 for v in values), losses=sum(v < 0.5 for v in values),
+                  win_rate=float(np.mean(values)), interval=bootstrap(values, args.seed), tokens_in=used[0],
+                  tokens_out=used[1])
     if args.price:
         result["cost"] = (used[0] * args.price[0] + used[1] * args.price[1]) / 1e6
     common.write_json(os.path.splitext(args.to)[0] + ".summary.json", result)
-    print("{a} against {b}: {wins} wins, {ties} ties, {losses} losses; win rate {win_rate:.3f} ({0:.3f} to {1:.3f}, 95 %), ties half".format(*result["interval"], **result))
-    print(f"judge {args.judge}; {used[0]:,} tokens read, {used[1]:,} written" + (f", cost {result['cost']:.2f}" if args.price else ""))
+    print(
+        "{a} against {b}: {wins} wins, {ties} ties, {losses} losses; win rate {win_rate:.3f} ({0:.3f} to {1:.3f}, 95 %), ties half"
+        .format(*result["interval"], **result))
+    print(f"judge {args.judge}; {used[0]:,} tokens read, {used[1]:,} written" +
+          (f", cost {result['cost']:.2f}" if args.price else ""))
     if failed or result["only_in_one"]:
-        print(f"left out: {result['unanswered']} questions without a verdict ({failed[-1] if failed else 'none failed'}), {result['only_in_one']} that only one file has", file=sys.stderr)
+        print(
+            f"left out: {result['unanswered']} questions without a verdict ({failed[-1] if failed else 'none failed'}), {result['only_in_one']} that only one file has",
+            file=sys.stderr)
     return result
 
 

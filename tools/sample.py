@@ -37,8 +37,9 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
     if args.temperature <= 0 or args.batch_size < 1 or args.max_new_tokens < 1:
-        common.die("--temperature, --batch-size and --max-new-tokens must be above 0; --temperature 1e-4 is greedy")
-    rows = args.prompts and common.Rows(args.prompts, [])
+        common.die(
+            "--temperature, --batch-size and --max-new-tokens must be above 0; --temperature 1e-4 is greedy")
+    rows = args.prompts and common.read_rows(args.prompts, [])
     tok, policy = common.load_tokenizer(args.policy), common.load_model(args.policy, trainable=False).eval()
     device = next(policy.parameters()).device
     context = getattr(policy.lm.config, "max_position_embeddings", None) or 1 << 20
@@ -55,10 +56,13 @@ def main(argv=None):
         if "prompt" not in row and "instruction" not in row:
             common.die(f"{args.prompts}:{i + 1}: needs the key prompt or instruction")
         prompts.append(row.get("prompt", row.get("instruction")))
-    for i in tqdm(range(0, len(prompts), args.batch_size), desc="sample"):
+    for i in common.Progress(range(0, len(prompts), args.batch_size), desc="sample"):
         mine = prompts[i:i + args.batch_size]
         texts = [q if isinstance(q, str) else q[-1]["content"] for q in mine]
-        out += [dict(instruction=q, output=a, generator=args.generator or args.policy) for q, a in zip(texts, answers(policy, tok, mine, args, device))]
+        out += [
+            dict(instruction=q, output=a, generator=args.generator or args.policy)
+            for q, a in zip(texts, answers(policy, tok, mine, args, device))
+        ]
     common.write_json(args.to, out)
     print(f"wrote {len(out)} answers to {args.to}")
 

@@ -19,15 +19,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import common
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
-TEMPLATE = ("<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ m.content }}<eos>{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}")
+TEMPLATE = (
+    "<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ m.content }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
 def texts(paths):
     """Every text in the rows of the files; messages give theirs one by one."""
     for path in paths:
-        rows = common.Rows(path, [])
-        for i in tqdm(range(len(rows)), desc=os.path.basename(path), mininterval=1.0):
+        rows = common.read_rows(path, [])
+        for i in common.Progress(range(len(rows)), desc=os.path.basename(path), mininterval=1.0):
             for key in ("prompt", "response", "chosen", "rejected"):
                 value = rows[i].get(key, "")
                 yield from [value] if isinstance(value, str) else [m["content"] for m in value]
@@ -36,10 +37,14 @@ def texts(paths):
 def tokenizer(paths, vocab, context):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(texts(paths), trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                                               show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE,
-                                   additional_special_tokens=SPECIAL[3:], model_max_length=context, clean_up_tokenization_spaces=False)
+    core.train_from_iterator(
+        texts(paths),
+        trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>",
+                                   eos_token="<eos>", chat_template=TEMPLATE,
+                                   additional_special_tokens=SPECIAL[3:], model_max_length=context,
+                                   clean_up_tokenization_spaces=False)
 
 
 def main(argv=None):
@@ -57,9 +62,11 @@ def main(argv=None):
         common.die(f"--width {args.width}: must be a multiple of --heads {args.heads}")
     tok = tokenizer(args.data, args.vocab, args.context)
     torch.manual_seed(args.seed)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tok), n_positions=args.context, n_embd=args.width, n_layer=args.layers, n_head=args.heads, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tok), n_positions=args.context, n_embd=args.width, n_layer=args.layers,
+                   n_head=args.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                   activation_function="gelu_pytorch_tanh", bos_token_id=tok.bos_token_id,
+                   eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
     model.save_pretrained(args.out)
     tok.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tok):,} tokens")

@@ -1,6 +1,6 @@
 """Theorem 3.1, looked at: do a reward model and a GVM from the same rows give the policy the same gradient, and is the reward to be had back from Q?
 
-    python data/toy.py && python tools/seeds.py && python tools/theorem.py        about half an hour more on two cores
+    python data/toy.py && python experiments/seeds.py && python experiments/theorem.py        about half an hour more on two cores
 
 For n of the offline rows a GVM and, on pairs out of the same n rows, a reward model are trained, equally many steps on 64 rows or pairs: nine passes over the rows.
 Both, and the gold reward, then give a policy gradient of the SFT
@@ -31,7 +31,7 @@ import dvpo
 import ppo_baseline
 import train_gvm
 from data import toy
-from tools.seeds import stage
+from experiments.seeds import stage
 
 SIZES = (1000, 3000, 10000, 30000)
 
@@ -39,7 +39,7 @@ SIZES = (1000, 3000, 10000, 30000)
 def train(seed):
     """out/theorem/SEED/N/{gvm,rm} for every n of SIZES."""
     base = f"out/seeds/{seed}"
-    rows = [r for path in ("data/toy/gvm.jsonl", f"{base}/labelled.jsonl") for r in common.Rows(path, [])]
+    rows = [r for path in ("data/toy/gvm.jsonl", f"{base}/labelled.jsonl") for r in common.read_rows(path, [])]
     np.random.default_rng(seed).shuffle(rows)
     for n in SIZES:
         root = f"out/theorem/{seed}/{n}"
@@ -51,7 +51,8 @@ def train(seed):
         sft = ("--seed", seed, "--init-from", f"{base}/sft/model")
         steps = 9 * n // 64
         stage("train_gvm.py", f"{root}/gvm", *sft, "--data", f"{root}/rows.jsonl", "--max-steps", steps)
-        stage("ppo_baseline.py", f"{root}/ppo", *sft, "--rm", f"{root}/rm/model", "--pairs", f"{root}/pairs.jsonl", "--rm-max-steps", steps, "--max-steps", 1)
+        stage("ppo_baseline.py", f"{root}/ppo", *sft, "--rm", f"{root}/rm/model", "--pairs",
+              f"{root}/pairs.jsonl", "--rm-max-steps", steps, "--max-steps", 1)
 
 
 def gradient(model, ids, attn, mask, adv, rows):
@@ -67,44 +68,67 @@ def gradients(seed, args):
     """[{n, signal, gold cosine, cosine with the other's, two halves}] of one seed."""
     folder = f"out/seeds/{seed}/sft/model"
     tok, policy = common.load_tokenizer(folder), common.load_model(folder).eval()
-    texts = [r["prompt"] for r in common.Rows("data/toy/prompts.jsonl", [])]
+    texts = [r["prompt"] for r in common.read_rows("data/toy/prompts.jsonl", [])]
     per_prompt = args.rollouts // len(texts)
     texts = [t for t in texts for _ in range(per_prompt)]
     prompts = [common.encode_prompt(tok, t) for t in texts]
     torch.manual_seed(seed)
-    ids, attn, mask, _ = dvpo.rollout(policy, prompts, tok, argparse.Namespace(max_new_tokens=32, temperature=1.0, static_cache=False), "cpu")
+    ids, attn, mask, _ = dvpo.rollout(
+        policy, prompts, tok, argparse.Namespace(max_new_tokens=32, temperature=1.0, static_cache=False),
+        "cpu")
     responses, T = common.unpad(ids, mask), mask.shape[1]
-    gold = torch.tensor([toy.gold_reward(t, tok.decode(r, skip_special_tokens=True)) for t, r in zip(texts, responses)])
+    gold = torch.tensor(
+        [toy.gold_reward(t, tok.decode(r, skip_special_tokens=True)) for t, r in zip(texts, responses)])
 
     def leave_one_out(r):
         r = r.view(-1, per_prompt).double()
         return ((r - (r.sum(1, keepdim=True) - r) / (per_prompt - 1)).flatten()[:, None] * mask).float()
 
     signals = {("", "gold"): leave_one_out(gold)}
-    numbers = torch.arange(len(texts)).view(-1, per_prompt).T.flatten()      # prompt after prompt: each 64 in turn hold them all
+    numbers = torch.arange(len(texts)).view(
+        -1, per_prompt).T.flatten()  # prompt after prompt: each 64 in turn hold them all
     for n in SIZES:
         root = f"out/theorem/{seed}/{n}"
         trunk = common.load_model(folder, trainable=False).eval()
-        common.load_adapter(trunk, tok, f"{root}/rm/model", ""), (meta := common.load_adapter(trunk, tok, f"{root}/gvm/model", ""))
+        common.load_adapter(trunk, tok, f"{root}/rm/model",
+                            ""), (meta := common.load_adapter(trunk, tok, f"{root}/gvm/model", ""))
         with torch.no_grad():
-            score = torch.cat([ppo_baseline.scores(trunk, ids[m], attn[m], mask[m]) for m in torch.arange(len(texts)).split(256)])
+            score = torch.cat([
+                ppo_baseline.scores(trunk, ids[m], attn[m], mask[m])
+                for m in torch.arange(len(texts)).split(256)
+            ])
             draw = np.random.default_rng(seed)
             q = []
-            for m in (m for half in numbers.chunk(2) for m in half.split(64)):      # a tau for each 64 rollouts, as in dvpo.py; the halves share none
-                tau = [(prompts[i], responses[i]) for i in draw.choice(len(texts), meta["tau_pairs"], replace=False)]
-                behind = [common.behind_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"]) for i in m]
+            for m in (m for half in numbers.chunk(2) for m in half.split(64)
+                      ):  # a tau for each 64 rollouts, as in dvpo.py; the halves share none
+                tau = [(prompts[i], responses[i])
+                       for i in draw.choice(len(texts), meta["tau_pairs"], replace=False)]
+                behind = [
+                    common.prepend_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"])
+                    for i in m
+                ]
                 f_ids, f_attn, f_mask = common.frame(behind, [responses[i] for i in m], tok.pad_token_id)
                 value = trunk(f_ids, f_attn, f_mask.shape[1], "gvm", head="gvm")
                 q.append(torch.nn.functional.pad(value, (0, T + 1 - value.shape[1])))
-            q = torch.cat(q)[numbers.argsort()]                            # back in their order
+            q = torch.cat(q)[numbers.argsort()]  # back in their order
         signals[n, "reward model"] = leave_one_out(score)
         signals[n, "GVM, Q"] = (q[:, 1:] - common.masked_moments(q[:, 1:], mask)[0]) * mask
         signals[n, "GVM, delta"] = (q[:, 1:] - q[:, :-1]) * mask
     whole = {k: gradient(policy, ids, attn, mask, a, numbers) for k, a in signals.items()}
-    halves = {k: [gradient(policy, ids, attn, mask, a, half) for half in numbers.chunk(2)] for k, a in signals.items()}
-    cosine = lambda x, y: torch.nn.functional.cosine_similarity(x, y, dim=0).item()
-    return [dict(seed=seed, n=n, signal=name, gold=cosine(whole[n, name], whole["", "gold"]), halves=cosine(*halves[n, name]),
-                 reward_model=cosine(whole[n, name], whole[n, "reward model"]) if n else None) for n, name in whole]
+    halves = {
+        k: [gradient(policy, ids, attn, mask, a, half) for half in numbers.chunk(2)]
+        for k, a in signals.items()
+    }
+
+    def cosine(x, y):
+        return torch.nn.functional.cosine_similarity(x, y, dim=0).item()
+
+    return [
+        dict(seed=seed, n=n, signal=name, gold=cosine(whole[n, name],
+                                                      whole["", "gold"]), halves=cosine(*halves[n, name]),
+             reward_model=cosine(whole[n, name], whole[n, "reward model"]) if n else None)
+        for n, name in whole
+    ]
 
 
 def read_back(seed, n):
@@ -113,29 +137,50 @@ def read_back(seed, n):
     tok, trunk = common.load_tokenizer(folder), common.load_model(folder, trainable=False).eval()
     meta = common.load_adapter(trunk, tok, f"out/theorem/{seed}/{n}/gvm/model", "")
     rows = [data[i] for i in range(len(data))]
-    taus = [data.tau(r["policy"], r["prompt"], meta["tau_pairs"], np.random.default_rng([seed, i])) for i, r in enumerate(rows)]
+    taus = [
+        data.tau(r["policy"], r["prompt"], meta["tau_pairs"], np.random.default_rng([seed, i]))
+        for i, r in enumerate(rows)
+    ]
     values = [v for _, v in train_gvm.token_values(trunk, tok, rows, taus, argparse.Namespace(**meta), "cpu")]
     reward, last = np.array([r["reward"] for r in rows]), np.array([v[-1] for v in values])
     before = np.concatenate([v[1:-1] - v[2:] for v in values])
-    return dict(seed=seed, n=n, correlation=float(np.corrcoef(last, reward)[0, 1]), rmse=float(np.sqrt(np.mean((last - reward) ** 2))),
-                before_mean=float(before.mean()), before_sd=float(before.std()), reward_sd=float(reward.std()))
+    return dict(seed=seed, n=n, correlation=float(np.corrcoef(last, reward)[0, 1]),
+                rmse=float(np.sqrt(np.mean((last - reward)**2))), before_mean=float(before.mean()),
+                before_sd=float(before.std()), reward_sd=float(reward.std()))
 
 
 def report(args, cosines, back):
-    lines = ["# Theorem 3.1 on the review world", "", f"Command: `python tools/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest to largest). {args.rollouts:,} rollouts of the SFT model a seed; nine passes over the rows. "
-             f"Machine: {os.cpu_count()} cores, {platform.machine()}. tools/theorem.py says what is compared.", "",
-             "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows | two halves of the rollouts |", "|---|---|---|---|---|"]
-    spread = lambda rows, key: "" if rows[0][key] is None else f"{np.mean([r[key] for r in rows]):.3f} ({min(r[key] for r in rows):.3f} to {max(r[key] for r in rows):.3f})"
+    lines = [
+        "# Theorem 3.1 on the review world", "",
+        f"Command: `python experiments/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest to largest). {args.rollouts:,} rollouts of the SFT model a seed; nine passes over the rows. "
+        f"Machine: {os.cpu_count()} cores, {platform.machine()}. experiments/theorem.py says what is compared.", "",
+        "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows | two halves of the rollouts |",
+        "|---|---|---|---|---|"
+    ]
+
+    def spread(rows, key):
+        return "" if rows[0][
+            key] is None else f"{np.mean([r[key] for r in rows]):.3f} ({min(r[key] for r in rows):.3f} to {max(r[key] for r in rows):.3f})"
+
     for n, signal in dict.fromkeys((r["n"], r["signal"]) for r in cosines):
         rows = [r for r in cosines if (r["n"], r["signal"]) == (n, signal)]
-        lines.append(f"| {n} | {signal} | " + " | ".join(spread(rows, k) for k in ("gold", "reward_model", "halves")) + " |")
-    lines += ["", "The reward read back from Q on the held-out rows, r_t = Q_t - Q_{t+1}: at the last token (Q itself, against the gold reward), and before it, where the true reward is 0.", "",
-              "| rows | last token: correlation | rms error | before: mean | sd |", "|---|---|---|---|---|"]
+        lines.append(f"| {n} | {signal} | " +
+                     " | ".join(spread(rows, k) for k in ("gold", "reward_model", "halves")) + " |")
+    lines += [
+        "",
+        "The reward read back from Q on the held-out rows, r_t = Q_t - Q_{t+1}: at the last token (Q itself, against the gold reward), and before it, where the true reward is 0.",
+        "", "| rows | last token: correlation | rms error | before: mean | sd |", "|---|---|---|---|---|"
+    ]
     for n in SIZES:
         rows = [r for r in back if r["n"] == n]
-        lines.append(f"| {n} | " + " | ".join(spread(rows, k) for k in ("correlation", "rmse", "before_mean", "before_sd")) + " |")
+        lines.append(f"| {n} | " +
+                     " | ".join(spread(rows, k)
+                                for k in ("correlation", "rmse", "before_mean", "before_sd")) + " |")
     lines += ["", f"The gold reward of those rows has sd {back[0]['reward_sd']:.3f}."]
-    common.write_json("results/theorem.json", dict(command="python tools/theorem.py", seeds=args.seeds, rollouts=args.rollouts, gradients=cosines, read_back=back))
+    common.write_json(
+        "results/theorem.json",
+        dict(command="python experiments/theorem.py", seeds=args.seeds, rollouts=args.rollouts, gradients=cosines,
+             read_back=back))
     with open("results/theorem.md", "w") as f:
         f.write("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -144,11 +189,13 @@ def report(args, cosines, back):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="(default: 11 to 13)")
-    p.add_argument("--rollouts", type=int, default=7680, help="a multiple of the 30 prompts (default: %(default)s)")
+    p.add_argument("--rollouts", type=int, default=7680,
+                   help="a multiple of the 30 prompts (default: %(default)s)")
     args = p.parse_args(argv)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(train, args.seeds))
-    report(args, [r for seed in args.seeds for r in gradients(seed, args)], [read_back(seed, n) for seed in args.seeds for n in SIZES])
+    report(args, [r for seed in args.seeds for r in gradients(seed, args)],
+           [read_back(seed, n) for seed in args.seeds for n in SIZES])
 
 
 if __name__ == "__main__":

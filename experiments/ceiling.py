@@ -1,6 +1,6 @@
 """Table 4 of the exact token values on the review world's held-out rows: the most that any GVM which knows the policy can reach.
 
-    python data/toy.py && python tools/ceiling.py           prints it, writes results/gvm_ceiling.json
+    python data/toy.py && python experiments/ceiling.py           prints it, writes results/gvm_ceiling.json
 """
 import json
 import os
@@ -19,10 +19,15 @@ def main():
     rows, values = [data[i] for i in range(len(data))], []
     for row in rows:
         words = row["response"].split() + [toy.EOS]
-        values.append((words, np.array([toy.true_q(row["prompt"], " ".join(words[:t]), row["policy"]) for t in range(len(words) + 1)])))
+        values.append(
+            (words,
+             np.array([
+                 toy.true_q(row["prompt"], " ".join(words[:t]), row["policy"]) for t in range(len(words) + 1)
+             ])))
     accuracy, pairs = train_gvm.table4(rows, values, 0.0)
-    noise = float(np.mean(np.concatenate([(v - r["reward"]) ** 2 for r, (_, v) in zip(rows, values)])))
-    result = dict(command="python data/toy.py && python tools/ceiling.py", pairs=pairs, accuracy=accuracy, mean_squared_error_of_the_truth=noise)
+    noise = float(np.mean(np.concatenate([(v - r["reward"])**2 for r, (_, v) in zip(rows, values)])))
+    result = dict(command="python data/toy.py && python experiments/ceiling.py", pairs=pairs, accuracy=accuracy,
+                  mean_squared_error_of_the_truth=noise)
     print(json.dumps(result, indent=1))
     with open("results/gvm_ceiling.json", "w") as f:
         json.dump(result, f, indent=1)

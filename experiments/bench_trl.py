@@ -16,7 +16,13 @@ import time
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 folder, world, lengths = sys.argv[1:4]
@@ -46,7 +52,11 @@ class Turns(TrainerCallback):
         with open("/proc/self/status") as f:
             peak = int(re.search(r"VmHWM:\s*(\d+) kB", f.read())[1]) * 1024
         with open(f"{folder}/trl.jsonl", "a") as f:
-            f.write(json.dumps(dict(sec_step=time.perf_counter() - self.begin, peak_bytes=peak, peak_reserved=peak, tokens=said[0] or rows * new)) + "\n")
+            f.write(
+                json.dumps(
+                    dict(sec_step=time.perf_counter() -
+                         self.begin, peak_bytes=peak, peak_reserved=peak, tokens=said[0] or rows * new)) +
+                "\n")
         self.done += 1
         while int("0" + open(f"{folder}/trl.turn").read()) <= self.done:
             time.sleep(0.002)
@@ -57,10 +67,19 @@ tok = AutoTokenizer.from_pretrained(f"{world}/model", padding_side="left")
 tok.pad_token = "w0"
 config = AutoConfig.from_pretrained(f"{world}/model", pad_token_id=0, num_labels=1)
 policy = AutoModelForCausalLM.from_pretrained(f"{world}/model")
-scalar = lambda: AutoModelForSequenceClassification.from_config(config)
+
+
+def scalar():
+    return AutoModelForSequenceClassification.from_config(config)
+
+
 with open(f"{world}/prompts_{prompt}.jsonl") as f:
-    data = Dataset.from_list([dict(input_ids=tok(json.loads(line)["prompt"])["input_ids"][-prompt:]) for line in f])
-args = PPOConfig(output_dir=f"{folder}/trl", per_device_train_batch_size=mini, gradient_accumulation_steps=rows // mini, num_mini_batches=rows // (mini * accum), num_ppo_epochs=epochs,
-                 total_episodes=rows * (rounds + 1), response_length=new, local_rollout_forward_batch_size=rows, learning_rate=1e-6, num_sample_generations=0, report_to=[], save_strategy="no",
-                 stop_token_id=STOP if lengths == "mixed" else None, use_cpu=True, bf16=False, gradient_checkpointing=False, temperature=1.0)
+    data = Dataset.from_list(
+        [dict(input_ids=tok(json.loads(line)["prompt"])["input_ids"][-prompt:]) for line in f])
+args = PPOConfig(output_dir=f"{folder}/trl", per_device_train_batch_size=mini,
+                 gradient_accumulation_steps=rows // mini, num_mini_batches=rows // (mini * accum),
+                 num_ppo_epochs=epochs, total_episodes=rows * (rounds + 1), response_length=new,
+                 local_rollout_forward_batch_size=rows, learning_rate=1e-6, num_sample_generations=0,
+                 report_to=[], save_strategy="no", stop_token_id=STOP if lengths == "mixed" else None,
+                 use_cpu=True, bf16=False, gradient_checkpointing=False, temperature=1.0)
 PPOTrainer(args, tok, policy, None, scalar(), data, scalar(), eval_dataset=data, callbacks=[Turns()]).train()

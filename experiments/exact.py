@@ -1,11 +1,11 @@
 """What is DVPO worth behind a value without error? The review world's exact values in the GVM's place, with a tau and without one.
 
-    python data/toy.py && python tools/seeds.py && python tools/exact.py         ten minutes more on two cores
+    python data/toy.py && python experiments/seeds.py && python experiments/exact.py         ten minutes more on two cores
 
 The five behaviour policies are known, so the best that a GVM can learn from their rows is known: the mean of their exact values, each weighted by how
 likely that policy is to have written what was read so far. With a tau that includes tau, and two answers leave little doubt about their author;
 without one the first words of the answer itself must tell. dvpo.py runs as it is but for the model that gives Q; ppo_baseline.py with the gold reward in
-place of its reward model. Same SFT models, seeds and flags as in tools/seeds.py, whose runs behind learned values they are set beside.
+place of its reward model. Same SFT models, seeds and flags as in experiments/seeds.py, whose runs behind learned values they are set beside.
 
 The second table says where the learned values err: what single words do to Q in fresh answers of the expert, behind its tau, learned and exact.
 Writes out/exact/SEED/..., results/exact.json and .md.
@@ -30,9 +30,10 @@ import common
 import dvpo
 import train_gvm
 from data import toy
-from tools.seeds import STEPS, final, interval, stage
+from experiments.seeds import STEPS, final, interval, stage
 
-DVPO = {"dvpo": (2, ()), "dvpo_no_tau": (0, ()), "dvpo_no_tau_kl0.2": (0, ("--kl-coef", "0.2"))}      # pairs in tau, flags: named as in tools/seeds.py
+DVPO = {"dvpo": (2, ()), "dvpo_no_tau": (0, ()),
+        "dvpo_no_tau_kl0.2": (0, ("--kl-coef", "0.2"))}  # pairs in tau, flags: named as in experiments/seeds.py
 BLUNDERS = ("unkind", "broken", "wrong noun", "early end")
 
 
@@ -43,11 +44,15 @@ def next_words(state, policy, nouns):
 
 def read(prompt, words):
     """-> log-likelihood of the first t words under each policy, and their value for each policy that goes on after them: (T+1, 5) each."""
-    nouns, state, before, loglik, value = tuple(toy.requested(prompt)), toy.State(), None, [[0.0] * len(toy.POLICIES)], []
+    nouns, state, before, loglik, value = tuple(
+        toy.requested(prompt)), toy.State(), None, [[0.0] * len(toy.POLICIES)], []
     value.append([toy.values(p)[state] for p in toy.POLICIES])
     for word in words:
         said = [next_words(state, p, nouns) for p in toy.POLICIES]
-        loglik.append([a + np.log(s.get(word, 0.0) + (s.get(toy.STUTTER, 0.0) if word == before else 0.0) + 1e-9) for a, s in zip(loglik[-1], said)])
+        loglik.append([
+            a + np.log(s.get(word, 0.0) + (s.get(toy.STUTTER, 0.0) if word == before else 0.0) + 1e-9)
+            for a, s in zip(loglik[-1], said)
+        ])
         if word == toy.EOS:
             value.append([toy.reward_of(state)] * len(toy.POLICIES))
             break
@@ -70,20 +75,22 @@ def spread(pairs, n=200):
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(toy.NOUNS, 2)]
     for policy in toy.POLICIES:
         said = [(p, toy.sample(p, policy, rng).split() + [toy.EOS]) for p in rng.choice(prompts, n)]
-        values += [best_value([said[i - k] for k in range(1, pairs + 1)], *row)[1:] for i, row in enumerate(said)]
+        values += [
+            best_value([said[i - k] for k in range(1, pairs + 1)], *row)[1:] for i, row in enumerate(said)
+        ]
     return float(np.concatenate(values).std())
 
 
 class Exact(torch.nn.Module):
     """The frozen trunk of dvpo.py, whose value head tells what best_value says."""
-
     def __init__(self, trunk, tok):
         super().__init__()
         self.trunk, self.tok = trunk, tok
 
     def turns(self, ids):
         """Ids of one or more "<user> prompt <assistant> answer" -> [(prompt, words)]."""
-        parts = re.split(r"<user> (review the \w+ and the \w+ \.) <assistant>", " ".join(self.tok.convert_ids_to_tokens(ids)))[1:]
+        parts = re.split(r"<user> (review the \w+ and the \w+ \.) <assistant>",
+                         " ".join(self.tok.convert_ids_to_tokens(ids)))[1:]
         return [(prompt, answer.split()) for prompt, answer in zip(parts[::2], parts[1::2])]
 
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
@@ -100,7 +107,8 @@ def rl(name, argv):
     """One run of dvpo.py, flags argv, behind the exact values."""
     pairs, flags = DVPO[name]
     tok = common.load_tokenizer(dvpo.parse_args(argv).init_from)
-    common.load_adapter = lambda *_, **__: dict(tau_pairs=pairs, max_length=256, tau_length=128, q_std=spread(pairs))
+    common.load_adapter = lambda *_, **__: dict(tau_pairs=pairs, max_length=256, tau_length=128, q_std=spread(
+        pairs))
     common.frozen = lambda trunk, args: Exact(trunk, tok)
     common.read_prefix = lambda trunk, prefix, *_: lambda n: trunk.turns(prefix)
     dvpo.main([*argv, *flags])
@@ -109,7 +117,7 @@ def rl(name, argv):
 def runs(seed):
     argv = ("--seed", seed, "--init-from", f"out/seeds/{seed}/sft/model", "--max-steps", STEPS)
     for name in DVPO:
-        stage("tools/exact.py", f"out/exact/{seed}/{name}", *argv, "--one", name)
+        stage("experiments/exact.py", f"out/exact/{seed}/{name}", *argv, "--one", name)
     stage("ppo_baseline.py", f"out/exact/{seed}/ppo", *argv, "--reward", "data/toy.py:gold_reward")
 
 
@@ -128,13 +136,20 @@ def event(state, word, nouns):
 def changes(seed, name, n=4000):
     """What each word of BLUNDERS does to Q in n answers of the expert: {blunder: (how many, learned, exact)}."""
     root, rng, found = f"out/seeds/{seed}", np.random.default_rng(seed), collections.defaultdict(list)
-    tok, model = common.load_tokenizer(f"{root}/sft/model"), common.load_model(f"{root}/sft/model", trainable=False).eval()
-    meta = common.load_adapter(model, tok, f"{root}/{name}/model", made_by="python tools/seeds.py")
+    tok, model = common.load_tokenizer(f"{root}/sft/model"), common.load_model(
+        f"{root}/sft/model", trainable=False).eval()
+    meta = common.load_adapter(model, tok, f"{root}/{name}/model", made_by="python experiments/seeds.py")
     data = train_gvm.Labelled(["data/toy/gvm_heldout.jsonl"])
-    prompts = [r["prompt"] for r in common.Rows("data/toy/prompts_heldout.jsonl", ["prompt"])]
-    rows = [dict(prompt=p, response=toy.sample(p, "expert", rng)) for p in itertools.islice(itertools.cycle(prompts), n)]
+    prompts = [r["prompt"] for r in common.read_rows("data/toy/prompts_heldout.jsonl", ["prompt"])]
+    rows = [
+        dict(prompt=p, response=toy.sample(p, "expert", rng))
+        for p in itertools.islice(itertools.cycle(prompts), n)
+    ]
     taus = [data.tau("expert", r["prompt"], meta["tau_pairs"], rng) for r in rows]
-    for row, (ids, q) in zip(rows, train_gvm.token_values(model, tok, rows, taus, argparse.Namespace(**meta), "cpu", 64)):
+    for row, (ids,
+              q) in zip(rows,
+                        train_gvm.token_values(model, tok, rows, taus, argparse.Namespace(**meta), "cpu",
+                                               64)):
         state, nouns, words = toy.State(), toy.requested(row["prompt"]), tok.convert_ids_to_tokens(ids)
         exact = [toy.true_q(row["prompt"], " ".join(words[:t]), "expert") for t in range(len(words) + 1)]
         for t, word in enumerate(words):
@@ -144,20 +159,42 @@ def changes(seed, name, n=4000):
 
 
 def report(seeds):
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    data = dict(command="python tools/exact.py", commit=commit, machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run", seeds=seeds,
-                q_std={name: spread(pairs) for name, (pairs, _) in DVPO.items()},
-                runs={name: {kind: [final(f"out/{folder}/{seed}/{name}") for seed in seeds] for kind, folder in (("learned", "seeds"), ("exact", "exact"))} for name in (*DVPO, "ppo")},
-                blunders={name: [changes(seed, name) for seed in seeds] for name in ("gvm", "gvm_no_tau")})
-    lines = ["# DVPO behind exact values", "", f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Seeds {', '.join(map(str, seeds))}; mean and 95 % interval (Student's t).", "",
-             "| run | value or reward | last tenth | held-out | KL |", "|---|---|---|---|---|"]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip()
+    data = dict(
+        command="python experiments/exact.py", commit=commit,
+        machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run", seeds=seeds,
+        q_std={name: spread(pairs)
+               for name, (pairs, _) in DVPO.items()}, runs={
+                   name: {
+                       kind: [final(f"out/{folder}/{seed}/{name}") for seed in seeds]
+                       for kind, folder in (("learned", "seeds"), ("exact", "exact"))
+                   }
+                   for name in (*DVPO, "ppo")
+               }, blunders={name: [changes(seed, name) for seed in seeds]
+                            for name in ("gvm", "gvm_no_tau")})
+    lines = [
+        "# DVPO behind exact values", "",
+        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Seeds {', '.join(map(str, seeds))}; mean and 95 % interval (Student's t).",
+        "", "| run | value or reward | last tenth | held-out | KL |", "|---|---|---|---|---|"
+    ]
     for name, kinds in data["runs"].items():
-        lines += [f"| {name} | {kind} | " + " | ".join(interval([r[k] for r in kinds[kind]], 3) for k in ("final", "heldout", "kl")) + " |" for kind in kinds]
-    lines += ["", "learned: the runs of toy.md, behind the GVM (DVPO) or the reward model (PPO). exact: behind the exact values (DVPO) or the gold reward (PPO).", "",
-              "## What a blunder does to Q", "", "Mean over the seeds of the change of Q at that word, in 4,000 fresh answers of the expert.", "",
-              "| word | times a seed | exact | GVM, behind the expert's tau | GVM without tau |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {name} | {kind} | " +
+            " | ".join(interval([r[k] for r in kinds[kind]], 3) for k in ("final", "heldout", "kl")) + " |"
+            for kind in kinds
+        ]
+    lines += [
+        "",
+        "learned: the runs of toy.md, behind the GVM (DVPO) or the reward model (PPO). exact: behind the exact values (DVPO) or the gold reward (PPO).",
+        "", "## What a blunder does to Q", "",
+        "Mean over the seeds of the change of Q at that word, in 4,000 fresh answers of the expert.", "",
+        "| word | times a seed | exact | GVM, behind the expert's tau | GVM without tau |",
+        "|---|---|---|---|---|"
+    ]
     for k in BLUNDERS:
-        times, exact, learned, bare = (np.mean([seed[k][i] for seed in data["blunders"][name]]) for name, i in (("gvm", 0), ("gvm", 2), ("gvm", 1), ("gvm_no_tau", 1)))
+        times, exact, learned, bare = (np.mean([seed[k][i] for seed in data["blunders"][name]])
+                                       for name, i in (("gvm", 0), ("gvm", 2), ("gvm", 1), ("gvm_no_tau", 1)))
         lines.append(f"| {k} | {times:.0f} | {exact:+.2f} | {learned:+.2f} | {bare:+.2f} |")
     common.write_json("results/exact.json", data)
     with open("results/exact.md", "w") as f:
@@ -166,10 +203,12 @@ def report(seeds):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)      # --seed is dvpo.py's
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)  # --seed is dvpo.py's
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
     p.add_argument("--report", action="store_true", help="run nothing")
-    p.add_argument("--one", choices=DVPO, help="only this run of dvpo.py, whose other flags are dvpo.py's own")
+    p.add_argument("--one", choices=DVPO,
+                   help="only this run of dvpo.py, whose other flags are dvpo.py's own")
     args, rest = p.parse_known_args()
     if args.one:
         rl(args.one, rest)
