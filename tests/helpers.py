@@ -1,0 +1,243 @@
+"""What several test files share."""
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import sft
+import train_gvm
+from data import toy, ultrafeedback
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+TMP = os.environ.get("T_TMP") or tempfile.mkdtemp(prefix="dvpo_test_")
+
+PROMPT = "review the soup and the staff ."
+
+
+def close(a, b, tol=1e-6):
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    assert a.shape == b.shape and (a - b).abs().max() <= tol, (a, b)
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    from transformers import GPT2LMHeadModel
+
+    return common.LM(GPT2LMHeadModel(toy.model_config(toy.tokenizer()))).eval()
+
+
+def tiny_llama(seed=0):
+    torch.manual_seed(seed)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=len(toy.tokenizer()), hidden_size=32, intermediate_size=64,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+                         pad_token_id=0)
+    return common.LM(LlamaForCausalLM(config)).eval()
+
+
+def example_frame(tok, pad_left=0):
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+    responses = [
+        common.encode_response(tok, r)
+        for r in ("the soup was great . the staff was rude .", "the wine was cold .")
+    ]
+    ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id)
+    F = torch.nn.functional
+    return prompts, responses, F.pad(ids, (pad_left, 0), value=tok.pad_token_id), F.pad(attn,
+                                                                                        (pad_left, 0)), mask
+
+
+def mask_and_first(mask):
+    return torch.nn.functional.pad(mask, (1, 0), value=True)
+
+
+class Args:
+    temperature, max_new_tokens, batch_size, max_prompt_length, static_cache = 1.0, 24, 8, 64, False
+
+
+def run(module, *argv):
+    """A stage's main(argv) without its output; returns the metrics it wrote."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        module.main([str(a) for a in argv])
+    out = argv[argv.index("--out") + 1]
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def path(*parts):
+    return os.path.join(TMP, *parts)
+
+
+def world():
+    """Data, SFT model, GVM, reward model: made once, in about a minute."""
+    if os.path.exists(path("ready")):
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        toy.make(path("toy"), heldout_rows_per_policy=60)
+    for name in ("sft", "gvm", "pairs"):  # a few rows, for tests that only want to see it run
+        with open(path("toy", name + "_heldout.jsonl")) as full, open(path("toy", name + "_small.jsonl"),
+                                                                      "w") as f:
+            f.writelines(itertools.islice(full, 24))
+    run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout",
+        path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
+        "--max-steps", 500)
+    run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 250, "--tau-pairs", 1)
+    run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 500, "--tau-pairs", 0)  # no tau: learns faster
+    open(path("ready"), "w").close()
+
+
+GVM = ("--init-from", path("sft/model"), "--data", path("toy/gvm.jsonl"), "--heldout",
+       path("toy/gvm_heldout.jsonl"))
+
+RL = ("--init-from", path("sft/model"), "--data", path("toy/prompts.jsonl"), "--heldout",
+      path("toy/prompts_heldout.jsonl"))
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return {
+        k: v
+        for f in sorted(glob.glob(os.path.join(folder, "*.safetensors")))
+        for k, v in load_file(f).items()
+    }
+
+
+def quirky_tokenizer(kind, **more):
+    """Byte-level BPE that behaves like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no pad, no spare id, chat template)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"
+               ] if kind == "llama" else ["<unk>", "<s>", "</s>"]
+    bos, eos = special[:2] if kind == "llama" else special[1:]
+    core = Tokenizer(models.BPE(unk_token=None if kind == "llama" else "<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator([" ".join(toy.WORDS)] * 9,
+                             trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
+                                                        special_tokens=[(bos, core.token_to_id(bos))])
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}") if kind == "mistral" else None
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos,
+                                   unk_token=None if kind == "llama" else "<unk>", chat_template=template,
+                                   **more)
+
+
+def quirky_model(kind):
+    """A folder with that tokenizer and a two-layer model of that architecture, grouped queries and all."""
+    if not os.path.exists(path(kind)):
+        from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+        tok = quirky_tokenizer(kind)
+        torch.manual_seed(0)
+        config = dict(llama=LlamaConfig, mistral=MistralConfig)[kind](
+            vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+            bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind == "llama")
+        if kind == "mistral":  # sampling settings of its own, which must not sneak in
+            model = AutoModelForCausalLM.from_config(config)
+            model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(path(kind)), tok.save_pretrained(path(kind))
+    return path(kind)
+
+
+def j(**row):
+    return json.dumps(row).encode()
+
+
+def refused(f, *words):
+    """f() ends with exit code 2 and one line on stderr that holds the words."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            f()
+            raise AssertionError("not refused")
+        except SystemExit as e:
+            assert e.code == 2
+    lines = [
+        line for line in err.getvalue().replace("\r", "\n").splitlines()
+        if line.strip() and "it/s]" not in line
+    ]  # bars aside
+    assert len(lines) == 1 + ("left out" in lines[0]) and all(
+        any(w in line for line in lines) for w in words), lines
+
+
+def resume_cases(zero):
+    """(script, flags) of every stage, four steps with a checkpoint after two."""
+    common_flags = ("--max-steps", "4", "--save-every", "2", "--zero", zero)
+    rl = (*RL, "--batch-size", "16", "--mini-batch-size", "8", *common_flags)
+    gvm = (*GVM[:2], "--data", path("toy/gvm_small.jsonl"), "--heldout", path("toy/gvm_small.jsonl"),
+           "--batch-size", "8", "--lora-dropout", "0.1")
+    return [("sft", sft, ("--init-from", path("toy/model"), "--data", path("toy/sft_small.jsonl"),
+                          "--heldout", path("toy/sft_small.jsonl"), "--prompts",
+                          path("toy/prompts_heldout.jsonl"), "--batch-size", "8", *common_flags)),
+            ("gvm", train_gvm, (*gvm, *common_flags)), ("dvpo", dvpo, ("--gvm", path("gvm/model"), *rl)),
+            ("lora", dvpo, ("--gvm", path("gvm/model"), "--lora", *rl)),
+            ("ppo", ppo_baseline, ("--rm", path("rm3", zero, "model"), "--pairs",
+                                   path("toy/pairs_small.jsonl"), "--pairs-heldout",
+                                   path("toy/pairs_small.jsonl"), "--rm-max-steps", "2", *rl))]
+
+
+def same_run(a, b):
+    """Two lists of metrics, equal bit for bit but for the clock."""
+    def drop(rows):
+        return [{k: v for k, v in r.items() if not k.startswith("sec") and k != "peak_bytes"} for r in rows]
+
+    assert drop(a) == drop(b), (drop(a), drop(b))
+
+
+def rewind(out, to):
+    """What a run killed after step 3 leaves: its first checkpoint and three lines of metrics."""
+    shutil.copytree(out, to)
+    shutil.rmtree(os.path.join(to, "checkpoint", "step_4"))
+    with open(os.path.join(to, "metrics.jsonl")) as f:
+        lines = f.readlines()
+    with open(os.path.join(to, "metrics.jsonl"), "w") as f:
+        f.writelines(lines[:3])
+
+
+def ends_with_1(f):
+    """f() ends with exit code 1; -> what it said on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            f()
+            raise AssertionError("it went on")
+        except SystemExit as e:
+            assert e.code == 1
+    return err.getvalue()
+
+
+def script(*argv, env=None, timeout=300):
+    clean = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    return subprocess.run(argv, cwd=HERE, env=dict(clean, **(env or {})), capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def two_ranks(*commands):
+    """Runs (stage, flags) one after the other on two ranks; -> the metrics of each. One launch for all: starting takes longer than the steps."""
+    done = script(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend",
+                  "c10d", "--rdzv-endpoint", "localhost:0", "test_smoke.py",
+                  json.dumps([(stage.__name__, argv) for stage, argv in commands]),
+                  env=dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [[json.loads(line) for line in open(os.path.join(argv[argv.index("--out") + 1], "metrics.jsonl"))]
+            for _, argv in commands]

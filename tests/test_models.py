@@ -1,0 +1,223 @@
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import sft
+import train_gvm
+from data import toy, ultrafeedback
+from helpers import *
+
+
+def test_lora_off_is_the_base_and_merged_is_on():
+    tok = toy.tokenizer()
+    for model in (tiny_gpt2(), tiny_llama()):
+        _, _, ids, attn, mask = example_frame(tok)
+        T = mask.shape[1]
+        with torch.no_grad():
+            base = model(ids, attn, T)
+            model.add_adapter("a", 4, 8)
+            model.add_adapter("b", 2, 8)
+            n = sum(isinstance(m, common.LoRA) for m in model.modules())
+            assert n == (8 if "gpt2" in type(model.lm).__name__.lower() else 14
+                         )  # every projection of two blocks
+            assert torch.equal(model(ids, attn, T), base)  # off: bit for bit
+            assert torch.equal(model(ids, attn, T, adapter="a"), base)  # B is zero at first
+            for layer in model.lora_layers():
+                torch.nn.init.normal_(layer.B["a"].weight, std=0.3)
+            on = model(ids, attn, T, adapter="a")
+            assert (on - base).abs().max() > 1e-3
+            assert torch.equal(model(ids, attn, T, adapter="b"), base) and torch.equal(
+                model(ids, attn, T), base)
+            plain = type(model.lm)(model.lm.config).eval()
+            plain.load_state_dict(model.merged_state_dict("a"))
+            close(common.LM(plain)(ids, attn, T), on, 1e-4)
+
+
+def test_tokenizers_as_they_are():
+    for kind in ("llama", "mistral"):
+        tok = common.load_tokenizer(quirky_model(kind))
+        assert tok.pad_token_id is not None and tok.pad_token_id != tok.eos_token_id
+        p, r = common.encode_prompt(tok, PROMPT), common.encode_response(tok, "the soup was great .")
+        assert p[0] == tok.bos_token_id and p.count(tok.bos_token_id) == 1 and tok.eos_token_id not in p
+        assert r.count(tok.eos_token_id) == 1 and r[-1] == tok.eos_token_id and tok.bos_token_id not in r
+        assert tok.decode(r, skip_special_tokens=True) == "the soup was great ."
+        assert ("[INST]" in tok.decode(p)) == (kind == "mistral") and ("### Assistant:"
+                                                                       in tok.decode(p)) == (kind == "llama")
+        both = common.prepend_tau(tok, [(p, r)], p, 1000, 99)
+        assert both.count(tok.bos_token_id) == 1 and both[len(p) + len(r):] == p[1:]
+        eager = quirky_tokenizer(kind,
+                                 add_eos_token=True)  # some append eos by themselves, some only claim to
+        assert eager.eos_token_id not in common.encode_prompt(eager, PROMPT) and common.encode_response(
+            eager, "a").count(eager.eos_token_id) == 1
+        chat = [
+            dict(role="user", content="a"),
+            dict(role="assistant", content="b"),
+            dict(role="user", content="c")
+        ]
+        assert common.encode_prompt(tok, chat).count(tok.bos_token_id) == 1
+
+
+def test_llama_and_mistral_through_all_stages():
+    """Two layers, their tokenizers' quirks; the policy that --lora saves generates what the policy in memory does, and peft reads its adapter."""
+    world()
+    from transformers import AutoModelForCausalLM
+
+    for kind in ("llama", "mistral"):
+        model, to = quirky_model(kind), lambda stage: path("q", kind, stage)
+        small = ("--model", model, "--batch-size", "4", "--grad-accum", "1", "--max-steps", "2")
+        run(sft, *small, "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out",
+            to("sft"), "--lr", "1e-2")
+        own = ("--init-from", to("sft") + "/model")
+        run(train_gvm, *small, *own, *GVM[2:3], path("toy/gvm_small.jsonl"), "--heldout",
+            path("toy/gvm_small.jsonl"), "--out", to("gvm"), "--lr", "1e-2")
+        rl = (*small, *own, *RL[2:], "--max-new-tokens", "12", "--mini-batch-size", "2")
+        rows = run(dvpo, *rl, "--gvm", to("gvm") + "/model", "--out", to("dvpo"), "--lora", "--lr", "1e-2")
+        rows += run(ppo_baseline, *rl, "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout",
+                    path("toy/pairs_small.jsonl"), "--rm",
+                    to("rm") + "/model", "--rm-max-steps", "1", "--out", to("ppo"))
+        assert all(r["ratio_first"] == 1.0 for r in rows)
+        tok = common.load_tokenizer(to("dvpo") + "/model")
+        lm = common.load_model(to("sft") + "/model")  # the policy in memory: trunk and adapter
+        lm.add_adapter("policy", 8, 32)
+        for layer in lm.lora_layers():
+            torch.nn.init.normal_(layer.B["policy"].weight, std=0.3)
+        common.save_model(lm.eval(), tok, path("q", kind, "saved"), "policy")
+        args, prompts = Args(), [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+        args.temperature = 1e-6
+        ids, attn, mask, _ = dvpo.rollout(lm, prompts, tok, args, "cpu", "policy")
+        loaded = AutoModelForCausalLM.from_pretrained(path("q", kind, "saved")).eval()
+        P = ids.shape[1] - mask.shape[1]
+        plain = dict(do_sample=False, top_k=None, temperature=None, pad_token_id=tok.pad_token_id,
+                     max_new_tokens=24)
+        assert torch.equal((loaded.generate(ids[:, :P], attention_mask=attn[:, :P], **plain)[:, P:] * mask),
+                           ids[:, P:] * mask)
+        try:
+            from peft import PeftModel
+        except ImportError:
+            continue  # optional: pip install peft
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(to("sft") + "/model"),
+                                            path("q", kind, "saved", "peft")).eval()
+        close(adapted(ids).logits.detach(), loaded(ids).logits.detach(), 1e-4)
+
+
+def test_what_does_not_belong_together_is_refused():
+    world()
+    other = path("other/sft/model")  # the SFT model with another chat template: another tokenizer
+    tok = common.load_tokenizer(path("sft/model"))
+    tok.chat_template = tok.chat_template.replace("<assistant>", "<user>")
+    common.load_model(path("sft/model")).lm.save_pretrained(other), tok.save_pretrained(other)
+    for base, gvm, word in (other, path("gvm/model"), "tokenizer"), (path("toy/model"), path("gvm/model"),
+                                                                     "another model"):
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                dvpo.main(
+                    ["--init-from", base, "--gvm", gvm, *RL[2:], "--out",
+                     path("x"), "--max-steps", "1"])
+            except SystemExit as e:
+                assert e.code == 2
+        lines = err.getvalue().strip().splitlines()
+        assert len(lines) == 1 and word in lines[0] and "train_gvm.py" in lines[0], err.getvalue()
+
+
+def test_models_that_would_train_on_wrong_numbers_are_refused():
+    world()
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.0,
+                     initializer_range=1.0)).save_pretrained(path("gemma"))
+    refused(lambda: common.load_model(path("gemma")), "changes the logits after its head")
+    flags = ("--gvm", path("gvm/model"), *RL, "--out", path("x"))
+    refused(lambda: dvpo.main([*flags, "--max-new-tokens", "200"]), "positions", "256")
+    refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")
+
+
+def test_what_cannot_fit_is_refused_before_it_starts():
+    world()
+    from unittest import mock
+
+    with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=-10**12)):
+        refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL, "--out",
+                                   path("big")]), "--lora", "--mini-batch-size", "MB are free")
+    plan = json.load(open(path("big/memory.json")))
+    assert plan["total"] == sum(plan["plan"].values(
+    )) and plan["models"]["policy"]["trainable"] == plan["models"]["policy"]["parameters"]
+    n = plan["models"]["policy"]["parameters"]
+    assert plan["plan"]["policy: weights"] == plan["plan"]["policy: gradients"] == 4 * n and plan["plan"][
+        "policy: optimizer"] == 8 * n
+    model = tiny_gpt2()  # two layers of 64: keys and values, 4 bytes each
+    assert common.bytes_per_token(model)["cache"] == 2 * 2 * 64 * 4
+    assert common.bytes_per_token(
+        model)["activation"] > 2 * (3 + 4) * 64 * 4  # at least q, k, v and what the MLP's second matrix gets
+
+
+def test_gelu_of_gpt2_is_fused():
+    from transformers import GPT2LMHeadModel
+
+    config = toy.model_config(toy.tokenizer())
+    config.activation_function = "gelu_new"
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(config).eval()
+    lm.save_pretrained(path("gelu"))
+    model, ids = common.load_model(path("gelu")).eval(), torch.arange(24).view(2, 12)
+    assert type(model.lm.transformer.h[0].mlp.act) is not type(lm.transformer.h[0].mlp.act)
+    with torch.no_grad():
+        close(model.lm(ids).logits, lm(ids).logits, 1e-4)
+
+
+def test_scratch_model():
+    world()
+    from tools import scratch_model
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        scratch_model.main([
+            "--data",
+            path("toy/sft.jsonl"), "--out",
+            path("scratch"), "--vocab", "400", "--width", "32", "--layers", "2"
+        ])
+    tok = common.load_tokenizer(path("scratch"))
+    for text in ("Grüße,\n\n  1. x\t<b>", "the soup was great ."):
+        assert tok.decode(common.encode_response(tok, text),
+                          skip_special_tokens=True) == text  # byte-level: any text comes back
+    rows = run(sft, "--model", path("scratch"), "--data", path("toy/sft.jsonl"), "--heldout",
+               path("toy/sft_small.jsonl"), "--out", path("scratch_sft"), "--max-steps", "3", "--lr", "1e-2")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    world()
+    plain, again = (run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("remat", str(i)), "--max-steps",
+                        2, "--batch-size", 16, "--mini-batch-size", 8, *more)
+                    for i, more in enumerate(((), ("--gradient-checkpointing", ))))
+    for a, b in zip(plain, again):
+        close(a["loss"], b["loss"], 1e-6), close(a["kl"], b["kl"], 1e-5)
+        assert b["ratio_first"] == 1.0
+    model = tiny_gpt2()
+    before = common.bytes_per_token(model)
+    model.checkpoint_blocks()
+    after = common.bytes_per_token(model)
+    assert after["activation"] < 0.5 * before["activation"] and after["cache"] == before["cache"] > 0
+
+
+def test_optimizer_offload_changes_nothing():
+    world()
+    for zero in ("1", "3"):
+        plain, off = (run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("off"), "--max-steps", 2,
+                          "--batch-size", 16, "--mini-batch-size", 8, "--zero", zero, *more)
+                      for more in ((), ("--offload", )))
+        for a, b in zip(plain, off):
+            close(a["loss"], b["loss"], 1e-6), close(a["kl"], b["kl"], 1e-5)

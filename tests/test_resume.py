@@ -1,0 +1,84 @@
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import sft
+import train_gvm
+from data import toy, ultrafeedback
+from helpers import *
+
+
+def test_resume_equals_a_straight_run():
+    """All stages, ZeRO 1 and 3: metrics and weights bit for bit. (Without ZeRO: the tests below.)"""
+    world()
+    for zero in ("1", "3"):
+        for name, stage, argv in resume_cases(zero):
+            straight, again = path("straight", zero, name), path("again", zero, name)
+            rows = run(stage, *argv, "--out", straight)
+            rewind(straight, again)
+            same_run(run(stage, *argv, "--out", again, "--resume"), rows)
+            for key, w in weights(os.path.join(straight, "model")).items():
+                assert torch.equal(w, weights(os.path.join(again, "model"))[key]), (name, zero, key)
+
+
+def test_damaged_checkpoint_and_other_flags():
+    """A checkpoint that is cut short is named and the one before it serves; flags that differ are named; nothing at all to go on from is said."""
+    world()
+    _, _, argv = resume_cases("0")[2]
+    out = path("damaged")
+    rows = run(dvpo, *argv, "--out", out)
+    victim = max(glob.glob(os.path.join(out, "checkpoint/step_4/policy/*.pt")), key=os.path.getsize)
+    with open(victim, "r+b") as f:
+        f.seek(os.path.getsize(victim) // 2)
+        f.write(b"\0\1\2\3")  # same size, other bytes
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        dvpo.main([*argv, "--out", out, "--resume", "--clip", "0.3", "--max-steps", "3"])
+    assert "step_4" in err.getvalue() and "--clip 0.3 (was 0.2)" in err.getvalue()
+    assert sorted(os.listdir(os.path.join(out, "checkpoint"))) == ["step_2", "step_4.damaged"]
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        same_run([json.loads(line) for line in f][:2], rows[:2])
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        dvpo.main([*argv, "--out", path("empty"), "--resume", "--max-steps", "1"])
+    assert "starting anew" in err.getvalue()
+
+
+def test_sigterm_saves_and_ends_well():
+    world()
+    import signal
+    import time
+
+    name, _, argv = resume_cases("0")[2]
+    argv = [*argv, "--out", path("term"), "--max-steps", "500", "--save-every", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, "dvpo.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, env={k: v
+                        for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES})
+
+    def lines():
+        return sum(
+            1 for _ in open(path("term/metrics.jsonl"))) if os.path.exists(path("term/metrics.jsonl")) else 0
+
+    for _ in range(600):
+        time.sleep(0.1)
+        if lines() >= 3:
+            break
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "--resume" in err, err
+    done = lines()
+    assert 3 <= done < 500 and os.listdir(path("term/checkpoint")) == [f"step_{done}"]
+    rows = run(dvpo, *argv[:-4], "--resume", "--max-steps", str(done + 1))
+    assert [r["step"] for r in rows] == list(range(done + 1))

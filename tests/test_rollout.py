@@ -1,0 +1,69 @@
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import sft
+import train_gvm
+from data import toy, ultrafeedback
+from helpers import *
+
+
+def test_greedy_rollout_equals_generate():
+    tok, args = toy.tokenizer(), Args()
+    args.temperature = 1e-6  # the token loop, made greedy
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+    for model in (tiny_gpt2(3), tiny_llama(3)):
+        for module, args.static_cache in itertools.product((dvpo, ppo_baseline), (False, True)):
+            ids, attn, mask, ended = module.rollout(model, prompts, tok, args, "cpu")
+            P = ids.shape[1] - mask.shape[1]
+            want = model.lm.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False,
+                                     max_new_tokens=24, pad_token_id=tok.pad_token_id,
+                                     eos_token_id=tok.eos_token_id)
+            got = ids.masked_fill(attn == 0, tok.pad_token_id)
+            assert torch.equal(got[:, :want.shape[1]], want), (got, want)
+
+
+def test_rollout_logp_equals_teacher_forced():
+    """The distribution that was sampled from is the one that is scored, token by token."""
+    tok, args, model = toy.tokenizer(), Args(), tiny_gpt2(1)
+    args.temperature = 0.8
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")] * 4
+    torch.manual_seed(0)
+    ids, attn, mask, ended = dvpo.rollout(model, prompts, tok, args, "cpu")
+    P = ids.shape[1] - mask.shape[1]
+    with torch.no_grad():
+        logp = model(ids, attn, mask.shape[1], temperature=0.8)
+        for decode in common.Decoder(model, ids[:, :P],
+                                     attn[:, :P]), common.StaticDecoder(model, ids[:, :P], attn[:, :P], None,
+                                                                        mask.shape[1]):
+            for t in range(mask.shape[1]):
+                step = (decode.logits / 0.8).log_softmax(-1).gather(1, ids[:, P + t, None]).squeeze(1)
+                close((step * mask[:, t]), (logp[:, t] * mask[:, t]), 1e-4)
+                decode(ids[:, P + t])
+    for b in range(len(prompts)):  # the mask ends with the first eos
+        r = ids[b, P:][mask[b]].tolist()
+        assert tok.eos_token_id not in r[:-1] and bool(ended[b]) == (r[-1] == tok.eos_token_id)
+
+
+def test_sampling_follows_the_distribution():
+    tok, args, model = toy.tokenizer(), Args(), tiny_gpt2(1)
+    args.max_new_tokens = 1
+    p = common.encode_prompt(tok, PROMPT)
+    torch.manual_seed(0)
+    ids, *_ = dvpo.rollout(model, [p] * 4000, tok, args, "cpu")
+    want = model.lm(torch.tensor([p])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(ids[:, -1], minlength=len(tok)) / 4000
+    assert (seen - want).abs().max() < 4 * math.sqrt(0.25 / 4000)

@@ -1,0 +1,252 @@
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+import common
+import dvpo
+import ppo_baseline
+import sft
+import train_gvm
+from data import toy, ultrafeedback
+from helpers import *
+
+
+def test_label_goes_on_where_it_stopped():
+    world()
+    from tools import label
+
+    def rows(to, n):
+        with contextlib.redirect_stderr(io.StringIO()):
+            label.main([
+                "--policy",
+                path("sft/model"), "--prompts",
+                path("toy/prompts.jsonl"), "--to", to, "--n",
+                str(n), "--batch-size", "16"
+            ])
+        return open(to).read().splitlines()
+
+    straight = rows(path("label_a.jsonl"), 48)
+    rows(path("label_b.jsonl"), 32)
+    with open(path("label_b.jsonl"), "a") as f:
+        f.write('{"prompt": "cut sh')  # killed in the middle of a line
+    assert rows(path("label_b.jsonl"), 48) == straight and len(straight) == 48
+    row = json.loads(straight[0])
+    assert row["policy"] == "sft" and row["reward"] == toy.gold_reward(row["prompt"], row["response"])
+    both = train_gvm.Labelled([path("toy/gvm_heldout.jsonl"), path("label_a.jsonl")]).by_policy
+    assert [len(both[name]) for name in ("sft", "sft-T1.4", "sft-T1.8")] == [16, 16, 16]
+    pairs, reward = [json.loads(line) for line in open(path("label_a_pairs.jsonl"))], toy.gold_reward
+    assert pairs and all(reward(p["prompt"], p["chosen"]) > reward(p["prompt"], p["rejected"]) for p in pairs)
+
+
+def test_label_with_a_reward_model():
+    """A sequence-classification checkpoint scores a batch as it scores the rows one by one."""
+    from tools import label
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tok = quirky_tokenizer("llama")
+    torch.manual_seed(0)
+    rm = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, num_labels=1,
+                    initializer_range=0.3)).eval()
+    rm.save_pretrained(path("rm_hf")), tok.save_pretrained(path("rm_hf"))
+    prompts, responses = [PROMPT, "review the wine .",
+                          PROMPT], ["the soup was great . the staff was kind .", "", "no ."]
+    tok = common.load_tokenizer(path("rm_hf"))
+    want = [
+        rm(torch.tensor([common.encode_prompt(tok, p) + common.encode_response(tok, r)])).logits.item()
+        for p, r in zip(prompts, responses)
+    ]
+    close(label.score_with(path("rm_hf"), "cpu")(prompts, responses), want, 1e-5)
+    refused(lambda: label.score_with(quirky_model("llama"), "cpu"),
+            "not a reward model")  # it would score with a random head
+
+
+def test_bench():
+    """The benchmark drives both stages, in turns, and the tiny rollout says what generate says."""
+    from tools import bench
+
+    os.makedirs(path("bench")), os.chdir(path("bench"))
+    try:
+        size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1",
+                "--to", path("bench/b.json"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            bench.main([*size, "--methods", "ppo", "lora"
+                        ]), bench.main([*size, "--decode"
+                                        ]), bench.main([*size, "--methods", "dvpo", "--lengths", "mixed"])
+            bench.main([*size, "--attention", "--shape", "llama3-3b"])
+    finally:
+        os.chdir(HERE)
+    data = json.load(open(path("bench/b.json")))
+    part, shorter = data["steps"].values()
+    assert all(part["measured"][m]["tokens"] == 32 and part["predicted"][m]["step"] > 0
+               for m in ("ppo", "lora"))
+    assert shorter["measured"]["dvpo"]["tokens"] == bench.mixed(1, 4, 8).sum() < 32
+    assert data["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
+    assert all(way["off"] < 1e-5 for way in data["attention"]["shapes"]["llama3-3b"]["ways"].values())
+    assert "| lora |" in open(path("bench/b.md")).read()
+
+
+def test_sample():
+    world()
+    from tools import sample
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        sample.main([
+            "--policy",
+            path("sft/model"), "--prompts",
+            path("toy/prompts_heldout.jsonl"), "--to",
+            path("answers.json"), "--batch-size", "8"
+        ])
+    out = json.load(open(path("answers.json")))
+    assert len(out) == 30 and set(out[0]) == {"instruction", "output", "generator"}
+    assert np.mean([toy.gold_reward(r["instruction"], r["output"]) for r in out]) > -0.5  # answers, not noise
+    talk = subprocess.run([sys.executable, "tools/sample.py", "--policy",
+                           path("sft/model")], input=f"{PROMPT}\n\n", cwd=HERE, capture_output=True,
+                          text=True)
+    assert talk.returncode == 0 and len(talk.stdout) > 5, talk.stderr
+
+
+def judge_server():
+    """A chat API on loopback: scores an answer by its length; fails in every way first. -> (server, what it was asked)"""
+    import http.server
+    import threading
+
+    asked = []
+
+    class Api(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(dict(body, auth=self.headers["Authorization"], path=self.path))
+            system, user = (m["content"] for m in body["messages"])
+            n, answers = len(asked), [
+                part.split(">: ", 1)[1].strip() for part in user.split("\n<response")[1:]
+            ]
+            broken = {
+                1: (500, b"{}"), 2: (429, b"{}"), 3: (200, b"not json"),
+                4: (200,
+                    json.dumps(
+                        dict(choices=[dict(message=dict(content="I would rather not."))],
+                             usage=dict(prompt_tokens=7, completion_tokens=5))).encode())
+            }
+            if body["model"] == "no-such":
+                code, out = 401, b"who are you"
+            elif body["model"] == "first":  # likes whatever it reads first
+                code, out = 200, json.dumps(
+                    dict(
+                        choices=[dict(message=dict(
+                            content="Score 1: 5\nScore 2: 3 Evaluation evidence: x"))])).encode()
+            elif body["model"] == "picky" and "question 3" in user:
+                code, out = 400, b"too long"
+            elif n in broken:
+                code, out = broken[n]
+            else:
+                scores = [min(5, len(a.split())) for a in answers]
+                text = "\n".join(f"Score {i}: {x}" for i, x in enumerate(scores, 1)) if len(
+                    scores) > 1 else f"Score: {scores[0]} Evaluation evidence: its length"
+                code, out = 200, json.dumps(
+                    dict(choices=[dict(message=dict(content=text))],
+                         usage=dict(prompt_tokens=100, completion_tokens=10))).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(out) + 9 * (n == 3)))  # the third is cut short
+            self.end_headers()
+            self.wfile.write(out)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, asked
+
+
+def test_judge():
+    world()
+    from tools import judge
+
+    questions = [f"question {i}" for i in range(10)]
+    outputs = dict(a=["one two three"] * 6 + ["one"] * 4,
+                   b=["one two"] * 6 + ["one two"] * 3 + ["one"])  # 6 wins, 3 losses, a tie
+    for name, answers in outputs.items():
+        common.write_json(path(f"{name}.json"), [
+            dict(instruction=q, output=o, generator=name)
+            for q, o in zip(questions + ["only in " + name], answers + ["x"])
+        ])
+    server, asked = judge_server()
+    for text, n, want in (("Score: 4", 1, [4]), ("**Score:** 4", 1, [4]), ("Total score: 3.5/5", 1, [3.5]),
+                          ("Score: {2}", 1, [2]), ("Score: 10", 1, None), ("Score: -1", 1, None),
+                          ("a 4", 1, None), ("Score 1: 5\nScore 2: 3", 2, [5, 3]),
+                          ("Score 2: 3\nScore 1: 5", 2, [5, 3]), ("**Score #1**: 2, Score #2: 4", 2,
+                                                                  [2, 4]), ("Score 1: 5", 2, None)):
+        assert judge.read_scores(text, n) == want, text
+    judge.WAIT, before, files = 0.01, dict(os.environ), [path("a.json"), path("b.json")]
+    os.environ |= dict(OPENAI_API_KEY="sk-test", OPENAI_BASE_URL=f"http://127.0.0.1:{server.server_port}/v1")
+
+    def go(*argv):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return judge.main([*files, *argv])
+
+    try:
+        got = go("--to", path("v.jsonl"), "--at-once", "1", "--price", "2.5", "10")
+        assert (got["wins"], got["ties"], got["losses"], got["questions"], got["unanswered"],
+                got["only_in_one"]) == (6, 1, 3, 10, 0, 2)
+        close(got["win_rate"], 0.65)
+        assert got["interval"][0] < 0.65 < got["interval"][1]
+        # 19 calls, as the tie's two answers are one text, and three that failed without a bill; a fourth was billed and said nothing
+        assert len(asked) == 19 + 4 and got["tokens_in"] == 19 * 100 + 7 and got["tokens_out"] == 19 * 10 + 5
+        close(got["cost"], (1907 * 2.5 + 195 * 10) / 1e6)
+        first = asked[0]
+        assert first["auth"] == "Bearer sk-test" and first["path"] == "/v1/chat/completions" and first[
+            "model"] == "gpt-4o-2024-08-06" and "additive 5-point" in first["messages"][0]["content"]
+        assert {m["messages"][1]["content"].split("<response>: ")[1]
+                for m in asked[4:]} == {"one", "one two", "one two three"}
+        lines = open(path("v.jsonl")).read()
+        with open(path("v.jsonl"), "w") as f:
+            f.write(lines[:-30])  # killed while it wrote the last verdict
+        again, n = go("--to", path("v.jsonl")), len(asked)
+        assert again["win_rate"] == got["win_rate"] and n == 19 + 4 + 1  # one call, and nothing paid twice
+        assert go("--to", path("v.jsonl")) == again and len(asked) == n
+        # Both answers in one message: a judge that likes the first has no favourite once both orders are asked; without, the order decides
+        got = go("--to", path("w.jsonl"), "--pairwise", "--both-orders", "--judge", "first")
+        assert got["ties"] == got["questions"] == 10 and len(asked) - n == 20 - 1
+        got = go("--to", path("w2.jsonl"), "--pairwise", "--judge", "first")
+        assert got["ties"] == 0 and 0 < got["wins"] < 10
+        got = go("--to", path("w3.jsonl"), "--pairwise")
+        assert (got["wins"], got["ties"], got["losses"]) == (6, 1, 3)
+        got = go("--to", path("w4.jsonl"), "--judge", "picky")
+        assert got["questions"] == 9 and got["unanswered"] == 1  # one refused question is left out and counted
+        refused(lambda: judge.main([*files, "--to", path("u.jsonl"), "--judge", "no-such"]), "401")
+        os.environ["OPENAI_BASE_URL"] = "http://127.0.0.1:1/v1"
+        refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up")
+        del os.environ["OPENAI_API_KEY"]
+        refused(lambda: judge.main([*files, "--to", path("u3.jsonl")]), "OPENAI_API_KEY")
+    finally:
+        server.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+    refused(lambda: judge.main([path("a.json"), path("nothing.json")]), "nothing.json")
+    # A function and a reward model as judges
+    good, bad = "the soup was great . the staff was kind .", "the soup was awful . the staff was kind ."
+    for name, answer in ("a", good), ("b", bad):
+        common.write_json(path(f"{name}.json"), [dict(instruction=PROMPT, output=answer, generator=name)])
+    assert go("--to", path("v2.jsonl"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
+    got = go("--to", path("v3.jsonl"), "--rm", path("rm/model"), "--init-from", path("sft/model"))
+    rm, tok, frame = common.load_model(path("sft/model"), trainable=False).eval(), common.load_tokenizer(
+        path("sft/model")), common.frame
+    common.load_adapter(rm, tok, path("rm/model"), "")
+    with torch.no_grad():
+        want = ppo_baseline.scores(
+            rm,
+            *frame([common.encode_prompt(tok, PROMPT)] * 2,
+                   [common.encode_response(tok, t) for t in (good, bad)], tok.pad_token_id, "cpu"))
+    assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])
