@@ -38,7 +38,9 @@ def new_folder(path):
             os.rename(tmp, path)
             shutil.rmtree(old, ignore_errors=True)
         barrier()
-    except (OSError, RuntimeError, SafetensorError) as e:       # libraries wrap the system's error
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):        # torch.save's error
+            raise
         shutil.rmtree(tmp, ignore_errors=True)
         die(f"{path} cannot be written ({str(e)[:150]!r}); make room, then --resume", code=1, all_ranks=True)
 
@@ -131,10 +133,10 @@ class Checkpoints:
             before = json.load(f)
         if (before["world_size"], before["zero"]) != (world(), self.args.zero):
             die(f"--resume: use {before['world_size']} processes and --zero {before['zero']}, as {path} did")
-        changed = [f"{key} {value} (was {before.get(key)})" for key, value in vars(self.args).items()
-                   if before.get(key) != value and key not in ("resume", "out", "local_rank", "save_every")]
-        if changed and rank() == 0:
-            print(f"resuming with other flags: {', '.join(changed)}", file=sys.stderr)
+        for key in vars(self.args).keys() - {"resume", "out", "local_rank", "save_every"}:
+            old, new = before.get(key), getattr(self.args, key)
+            if old != new and rank() == 0:
+                print(f"resuming with --{key.replace('_', '-')} {new} (was {old})", file=sys.stderr)
         for name, engine in self.engines.items():
             engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
         mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)

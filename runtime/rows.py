@@ -5,9 +5,9 @@ Open this file to allow another key or format, or to see why a row is refused or
 """
 import collections
 import gzip
-import importlib.util
 import json
 import os
+import runpy
 import sys
 import traceback
 import zlib
@@ -69,7 +69,7 @@ def check_row(line, kinds):
             raise ValueError(f"{key} must be a string, not {str(text)[:40]!r}")
         text.encode()                                   # fails on half a character
     if "reward" in keys:
-        reward, most = row["reward"], np.finfo(np.float32).max
+        reward, most = row["reward"], float(np.finfo(np.float32).max)
         if type(reward) not in (int, float) or not -most <= reward <= most:
             raise ValueError(f"the reward must be a finite number, in float32 too, not {str(reward)[:40]!r}")
     if not texts["prompt"].strip():
@@ -107,15 +107,13 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         die(f"{spec}: no such file; give FILE.py:function")
-    module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
+    function = runpy.run_path(path).get(name)
+    if function is None:
         die(f"{spec}: {path} has no function {name!r}")
 
     def call(*values):
         try:
-            return getattr(module, name)(*values)
+            return function(*values)
         except KeyError:
             raise
         except Exception as e:
