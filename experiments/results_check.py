@@ -189,7 +189,7 @@ def blunders():
     for word, label in (("unkind", "an unkind word"), ("broken", "a broken sentence"),
                         ("wrong noun", "a noun that nobody asked for"), ("early end", "an early end")):
         cells = []
-        for name, column in ("gvm", 2), ("gvm", 1), ("gvm_no_tau", 1):     # exact, learned, learned without tau
+        for name, column in ("gvm", 2), ("gvm", 1), ("gvm_no_tau", 1):  # exact, learned, learned without tau
             cells.append(f"{np.mean([seed[word][column] for seed in data[name]]):+.2f}")
         yield row(label, *cells)
     rare = np.mean([seed["broken"][0] + seed["wrong noun"][0] for seed in data["gvm"]])
