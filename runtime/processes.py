@@ -48,7 +48,10 @@ def start(args):
         torch.backends.cuda.enable_cudnn_sdp(False)     # slow where shapes change
     if not dist.is_initialized():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves, without a compiler
-        deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
+        except dist.DistNetworkError as e:
+            die(f"the processes cannot meet ({str(e)[:80]}); choose another --master_port", all_ranks=True)
     seed(args)
     try:
         os.makedirs(args.out, exist_ok=True)

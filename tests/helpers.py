@@ -1,29 +1,31 @@
-"""What several test files share."""
+"""What several test files share: the little world, the stages as functions, two ranks."""
 import contextlib
+import fcntl
 import glob
 import io
 import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
-import numpy as np
 import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common
 import dvpo
 import ppo_baseline
 import sft
 import train_gvm
-from data import toy, ultrafeedback
+from data import toy
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-TMP = os.environ.get("T_TMP") or tempfile.mkdtemp(prefix="dvpo_test_")
-
+SHARED = os.environ.setdefault("DVPO_TEST_FOLDER", tempfile.mkdtemp(prefix="dvpo_test_"))    # of all workers
+TMP = tempfile.mkdtemp(dir=SHARED)                      # of this one
 PROMPT = "review the soup and the staff ."
 
 
@@ -84,23 +86,36 @@ def path(*parts):
 
 
 def world():
-    """Data, SFT model, GVM, reward model: made once, in about a minute."""
-    if os.path.exists(path("ready")):
+    """Data, SFT model and two GVMs, built by the first worker that asks for them, in about a minute."""
+    if os.path.exists(path("gvm")):
         return
+    with open(os.path.join(SHARED, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(os.path.join(SHARED, "world")):
+            build_world()
+            os.makedirs(os.path.join(SHARED, "world"))
+            for name in WORLD:
+                shutil.move(path(name), os.path.join(SHARED, "world", name))
+    for name in WORLD:
+        os.symlink(os.path.join(SHARED, "world", name), path(name))
+
+
+def build_world():
     with contextlib.redirect_stdout(io.StringIO()):
         toy.make(path("toy"), heldout_rows_per_policy=60)
-    for name in ("sft", "gvm", "pairs"):  # a few rows, for tests that only want to see it run
-        with open(path("toy", name + "_heldout.jsonl")) as full, open(path("toy", name + "_small.jsonl"),
-                                                                      "w") as f:
-            f.writelines(itertools.islice(full, 24))
+    for name in ("sft", "gvm", "pairs"):                # a few rows, for tests that only want to see it run
+        with open(path("toy", name + "_heldout.jsonl")) as full:
+            rows = list(itertools.islice(full, 24))
+        with open(path("toy", name + "_small.jsonl"), "w") as f:
+            f.writelines(rows)
     run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout",
         path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
         "--max-steps", 500)
     run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 250, "--tau-pairs", 1)
     run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 500, "--tau-pairs", 0)  # no tau: learns faster
-    open(path("ready"), "w").close()
 
 
+WORLD = "toy", "sft", "gvm", "gvm0"
 GVM = ("--init-from", path("sft/model"), "--data", path("toy/gvm.jsonl"), "--heldout",
        path("toy/gvm_heldout.jsonl"))
 
@@ -119,7 +134,8 @@ def weights(folder):
 
 
 def quirky_tokenizer(kind, **more):
-    """Byte-level BPE that behaves like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no pad, no spare id, chat template)."""
+    """Byte-level BPE like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no pad,
+    no spare id, chat template)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -134,7 +150,8 @@ def quirky_tokenizer(kind, **more):
     core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
                                                         special_tokens=[(bos, core.token_to_id(bos))])
     template = (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}") if kind == "mistral" else None
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos,
                                    unk_token=None if kind == "llama" else "<unk>", chat_template=template,
@@ -233,11 +250,23 @@ def script(*argv, env=None, timeout=300):
 
 
 def two_ranks(*commands):
-    """Runs (stage, flags) one after the other on two ranks; -> the metrics of each. One launch for all: starting takes longer than the steps."""
+    """Runs (stage, flags) one after the other on two ranks -> the metrics of each. Starting takes longest."""
     done = script(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend",
-                  "c10d", "--rdzv-endpoint", "localhost:0", "test_smoke.py",
+                  "c10d", "--rdzv-endpoint", "localhost:0", os.path.abspath(__file__),
                   json.dumps([(stage.__name__, argv) for stage, argv in commands]),
                   env=dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-3000:]
     return [[json.loads(line) for line in open(os.path.join(argv[argv.index("--out") + 1], "metrics.jsonl"))]
             for _, argv in commands]
+
+
+def one_rank(commands):
+    """What two_ranks runs in each process."""
+    common.CHUNK = 64                                   # several chunks of logits, not as many on each rank
+    for stage, argv in commands:
+        globals()[stage].main(argv)
+    common.finish()
+
+
+if __name__ == "__main__":
+    one_rank(json.loads(sys.argv[1]))

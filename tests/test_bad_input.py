@@ -1,37 +1,30 @@
-import contextlib
-import glob
-import io
-import itertools
-import json
-import math
+"""Wrong data, flags and folders end in one line on stderr that says what to fix, with exit code 2."""
+import gzip
 import os
 import shutil
-import subprocess
+import socket
 import sys
 
-import numpy as np
-import torch
+import pytest
+from helpers import GVM, RL, j, path, refused, script, world
 
 import common
 import dvpo
 import ppo_baseline
 import sft
 import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
 
-SFT_ROW, GVM_ROW, PAIR, ASK = j(prompt="a", response="b"), j(prompt="a", response="b", reward=1,
-                                                             policy="p"), j(prompt="a", chosen="b",
-                                                                            rejected="c"), j(prompt="a")
-
-BROKEN = [  # (stage, lines of --data, what the one line says)
+SFT_ROW = j(prompt="a", response="b")
+GVM_ROW = j(prompt="a", response="b", reward=1, policy="p")
+PAIR = j(prompt="a", chosen="b", rejected="c")
+ASK = j(prompt="a")
+BROKEN = [                                              # (stage, lines of --data, what the one line says)
     (sft, [], "empty"),
     (sft, [b"", b"  "], "empty"),
     (sft, [SFT_ROW, b"{cut sh"], ":2: not JSON"),
     (sft, [b"prompt,response"], ":1: not JSON"),
     (sft, [SFT_ROW, b'{"prompt": "caf\xe9", "response": "b"}'], ":2: not JSON"),
-    (sft, ['{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b"}'.encode("utf-16")],
-     "not JSON"),
+    (sft, [(SFT_ROW + b"\n" + SFT_ROW).decode().encode("utf-16")], "not JSON"),
     (sft, [SFT_ROW, b'{"prompt": "a\x00", "response": "b"}'], ":2: not JSON"),
     (sft, [b"\0" * 100], "not JSON"),
     (sft, [b"[" * 100000], ":1: not JSON"),
@@ -44,9 +37,9 @@ BROKEN = [  # (stage, lines of --data, what the one line says)
     (sft, [j(prompt=[], response="b")], "need a turn of the user"),
     (sft, [j(prompt=[dict(role="system", content="a")], response="b")], "need a turn of the user"),
     (sft, [j(prompt=[dict(role="robot", content="a")], response="b")], "the role system, user or assistant"),
-    (sft, [j(prompt=[dict(role="user", content=None)], response="b")], "content a string"),
+    (sft, [j(prompt=[dict(role="user", content=None)], response="b")], "and text"),
     (sft, [j(prompt=["a"], response="b")], "messages must be"),
-    (sft, [b'{"prompt": "\\ud800", "response": "b"}'], "half a character"),
+    (sft, [b'{"prompt": "\\ud800", "response": "b"}'], "surrogates not allowed"),
     (train_gvm, [GVM_ROW, GVM_ROW[:-20] + b"}"], ":2: not JSON"),
     (train_gvm, [j(prompt="a", response="b", reward="good")], "'good'"),
     (train_gvm, [j(prompt="a", response="b", reward=True)], "'True'"),
@@ -54,6 +47,7 @@ BROKEN = [  # (stage, lines of --data, what the one line says)
     (train_gvm, [b'{"prompt": "a", "response": "b", "reward": -Infinity}'], "'-inf'"),
     (train_gvm, [b'{"prompt": "a", "response": "b", "reward": 1e999}'], "'inf'"),
     (train_gvm, [j(prompt="a", response="b", reward=10**400)], "finite number"),
+    (train_gvm, [GVM_ROW, j(prompt="a", response="b", reward=1e308)], ":2: the reward must be a finite"),
     (train_gvm, [j(prompt="a", response="b", reward=None)], "'None'"),
     (train_gvm, [j(prompt="a", response="b", reward=1, policy=7)], "policy must be a string"),
     (train_gvm, [GVM_ROW, SFT_ROW], ":2: needs the keys prompt response reward"),
@@ -67,98 +61,120 @@ BROKEN = [  # (stage, lines of --data, what the one line says)
 ]
 
 
-def test_broken_input_is_one_line():
-    """Every case ends before a model is loaded, with exit code 2 and one line that names file and line."""
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_rows(case):
+    """Every case ends before a model is loaded, in one line that names file and line."""
     world()
-    for stage, lines, *words in BROKEN:
-        with open(path("bad.jsonl"), "wb") as f:
-            f.write(b"\n".join(lines))
-        refused(
-            lambda: stage.main([
-                *(RL[:2] if stage in (dvpo, ppo_baseline) else GVM[:2]), "--data",
-                path("bad.jsonl"), "--out",
-                path("x")
-            ]), "bad.jsonl", *words)
-    import gzip
+    stage, lines, *words = case
+    with open(path("bad.jsonl"), "wb") as f:
+        f.write(b"\n".join(lines))
+    init = RL[:2] if stage in (dvpo, ppo_baseline) else GVM[:2]
+    refused(lambda: stage.main([*init, "--data", path("bad.jsonl"), "--out", path("x")]), "bad.jsonl", *words)
 
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
+def test_broken_gzip(damage):
     whole = gzip.compress(b"\n".join([SFT_ROW] * 1000))
-    for name, data in ("cut.jsonl.gz", whole[:-20]), ("flipped.jsonl.gz",
-                                                      whole[:30] + b"xxxx" + whole[34:]), ("text.jsonl.gz",
-                                                                                           SFT_ROW):
-        with open(path(name), "wb") as f:
-            f.write(data)
-        refused(lambda: sft.main(["--data", path(name), "--out", path("x")]), name, "cannot be read")
-    refused(lambda: sft.main(["--data", path("toy"), "--out", path("x")]), "no such file")
+    data = dict(cut=whole[:-20], flipped=whole[:30] + b"xxxx" + whole[34:], text=SFT_ROW)[damage]
+    name = path(damage + ".jsonl.gz")
+    with open(name, "wb") as f:
+        f.write(data)
+    refused(lambda: sft.main(["--data", name, "--out", path("x")]), name, "cannot be read")
 
 
-def test_broken_flags_and_folders_are_one_line():
+FLAGS = [
+    ("--lr -1", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--batch-size 0", "--batch-size 0"),
+    ("--batch-size 48", "a multiple"),
+    ("--batch-size 7", "--batch-size"),
+    ("--mini-batch-size 0", "--mini-batch-size 0"),
+    ("--max-steps 0", "--max-steps"),
+    ("--temperature 0", "--temperature"),
+    ("--kl-target 0", "--kl-target"),
+    ("--max-new-tokens 0", "--max-new-tokens"),
+    ("--max-new-tokens 100000", "positions"),
+    ("--max-new-tokens 200", "256"),
+    ("--save-every 0", "--save-every"),
+    ("--ppo-epochs 0", "--ppo-epochs"),
+    ("--offload --zero 0", "--offload"),
+    ("--reward nothing.py:f", "nothing.py"),
+    ("--reward data/toy.py:nothing", "no function 'nothing'"),
+    ("--init-from TMP/no_weights", "no_weights"),
+    ("--init-from TMP/cut_weights", "cut_weights"),
+    ("--init-from TMP/cut_config", "cut_config"),
+    ("--gvm TMP/cut_gvm", "cut_gvm"),
+    ("--gvm TMP/bare_gvm", "bare_gvm"),
+    ("--gvm TMP/sft/model", "no adapter there"),
+    ("--gvm TMP/none/gvm/model", "train_gvm.py"),
+    ("--init-from TMP/toy/model", "trained on another trunk"),
+    ("--ds-config TMP/ds_broken.json", "ds_broken.json"),
+    ("--ds-config TMP/ds_batch.json", "train_batch_size"),
+    ("--ds-config TMP/ds_stage.json", "zero_optimization.stage"),
+    ("--ds-config TMP/ds_fp16.json", "fp16"),
+    ("--out TMP/a_file", "a_file"),
+    ("--out /proc/nothing", "/proc/nothing"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken_folders():
     world()
-    good = ("--gvm", path("gvm/model"), *RL)
     for name in ("no_weights", "cut_weights", "cut_config", "cut_gvm", "bare_gvm"):
-        shutil.rmtree(path(name), ignore_errors=True)
         shutil.copytree(path("gvm/model" if "gvm" in name else "sft/model"), path(name))
     os.remove(path("no_weights/model.safetensors"))
     for name in ("cut_weights/model.safetensors", "cut_config/config.json", "cut_gvm/adapter.safetensors"):
         with open(path(name), "r+b") as f:
             f.truncate(os.path.getsize(path(name)) // 2)
     common.write_json(path("bare_gvm/adapter.json"), dict(name="gvm"))
-    for name, config in ("ds_broken.json", "{"), ("ds_batch.json", '{"train_batch_size": 7}'), (
-            "ds_stage.json", '{"zero_optimization": {"stage": 2}}'), ("ds_fp16.json",
-                                                                      '{"fp16": {"enabled": true}}'):
+    files = {"ds_broken.json": "{", "ds_batch.json": '{"train_batch_size": 7}', "a_file": "",
+             "ds_stage.json": '{"zero_optimization": {"stage": 2}}', "ds_fp16.json": '{"fp16": {}}'}
+    for name, text in files.items():
         with open(path(name), "w") as f:
-            f.write(config)
-    with open(path("a_file"), "w"):
-        pass
-    for flags, *words in (("--lr", "-1"), "--lr"), (("--lr", "nan"), "--lr"), (("--batch-size", "0"), "--batch-size 0"), (("--batch-size", "48"), "a multiple"), (("--mini-batch-size", "0"), "a multiple"), \
-            (("--max-steps", "0"), "--max-steps"), (("--temperature", "0"), "--temperature"), (("--kl-target", "0"), "--kl-target"), (("--max-new-tokens", "0"), "--max-new-tokens"), \
-            (("--max-new-tokens", "100000"), "positions"), (("--ppo-epochs", "0"), "--ppo-epochs"), (("--offload", "--zero", "0"), "--offload"), (("--reward", "nothing.py:f"), "nothing.py"), \
-            (("--reward", "data/toy.py:nothing"), "no function 'nothing'"), (("--init-from", path("no_weights")), "no_weights"), (("--init-from", path("cut_weights")), "cut_weights"), \
-            (("--init-from", path("cut_config")), "cut_config"), (("--gvm", path("cut_gvm")), "cut_gvm"), (("--gvm", path("bare_gvm")), "bare_gvm"), (("--gvm", path("sft/model")), "no adapter there"), \
-            (("--init-from", path("toy/model")), "trained on another model"), (("--ds-config", path("ds_broken.json")), "ds_broken.json"), (("--ds-config", path("ds_batch.json")), "train_batch_size"), \
-            (("--ds-config", path("ds_stage.json")), "zero_optimization.stage"), (("--ds-config", path("ds_fp16.json")), "fp16"), (("--out", path("a_file")), "a_file"), (("--out", "/proc/nothing"), "/proc/nothing"):
-        refused(lambda: dvpo.main([*good, "--out", path("x"), *flags]), *words)
-    import socket
-
-    with socket.socket() as taken:  # a launcher's port that somebody else has
-        taken.bind(("127.0.0.1", 0)), taken.listen()
-        done = script(
-            sys.executable, "dvpo.py", *good, "--out", path("x"),
-            env=dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                     MASTER_PORT=str(taken.getsockname()[1])))
-    assert done.returncode == 2 and len(
-        done.stderr.splitlines()) == 1 and "--master_port" in done.stderr, done.stderr
+            f.write(text)
 
 
-def test_no_hub_is_one_line():
+@pytest.mark.parametrize(("flags", "word"), FLAGS)
+def test_broken_flags(broken_folders, flags, word):
+    flags = flags.replace("TMP", path()).split()
+    refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL, "--out", path("x"), *flags]), word)
+
+
+MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/toy.py"), (path(), "no such file")]
+
+
+@pytest.mark.parametrize(("name", "word"), MISSING)
+def test_missing_data(name, word):
+    refused(lambda: sft.main(["--data", name, "--out", path("x")]), "error: ", word)
+
+
+def one_line(done, *words):
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(word in lines[0] for word in words), lines
+
+
+def test_missing_model():
     world()
-    done = script(sys.executable, "sft.py",
-                  "--model", "llama3-3b", "--data", path("toy/sft.jsonl"), "--heldout",
-                  path("toy/sft_small.jsonl"), "--out", path("x"), env=dict(HF_HUB_OFFLINE="1",
-                                                                            HF_HOME=path("no_hub")))
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(
-        lines) == 1 and "meta-llama/Llama-3.2-3B" in lines[0] and "licence" in lines[0], done.stderr
-    refused(
-        lambda: dvpo.main([
-            "--model", "llama3-3b", "--data",
-            path("toy/prompts.jsonl"), "--heldout",
-            path("toy/prompts.jsonl"), "--out",
-            path("x")
-        ]), "python sft.py --model llama3-3b")
+    data = ("--data", path("toy/prompts.jsonl"), "--heldout", path("toy/prompts.jsonl"), "--out", path("x"))
+    one_line(script(sys.executable, "dvpo.py", "--init-from", path("none/sft/model"), *data), "sft")
+    refused(lambda: dvpo.main(["--model", "llama3-3b", *data]), "python sft.py --model llama3-3b")
 
 
-def test_missing_input_is_one_line():
+def test_no_hub():
     world()
-    no_sft = [
-        "--init-from",
-        path("none/sft/model"), "--data",
-        path("toy/prompts.jsonl"), "--heldout",
-        path("toy/prompts.jsonl"), "--out",
-        path("x")
-    ]
-    done = script(sys.executable, "dvpo.py", *no_sft)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(
-        done.stderr.splitlines()) == 1 and "sft" in done.stderr, done.stderr
-    for stage, argv, word in (dvpo, ["--init-from", path("sft/model"), "--gvm", path("none/gvm/model"), *RL[2:]], "train_gvm.py"), \
-            (sft, ["--data", path("nothing.jsonl")], "nothing.jsonl"), (sft, ["--data", "data/toy/nothing.jsonl"], "data/toy.py"), (dvpo, ["--batch-size", "7"], "--batch-size"):
-        refused(lambda: stage.main([*argv, "--out", path("x")]), "error: ", word)
+    data = ("--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out", path("x"))
+    offline = dict(HF_HUB_OFFLINE="1", HF_HOME=path("no_hub"))
+    done = script(sys.executable, "sft.py", "--model", "llama3-3b", *data, env=offline)
+    one_line(done, "meta-llama/Llama-3.2-3B", "licence")
+
+
+def test_port_is_taken():
+    world()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        done = script(sys.executable, "dvpo.py", "--gvm", path("gvm/model"), *RL, "--out", path("x"), env=env)
+    one_line(done, "--master_port")

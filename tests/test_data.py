@@ -1,24 +1,17 @@
 import contextlib
-import glob
+import gzip
 import io
-import itertools
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
-import torch
+from helpers import GVM, PROMPT, RL, j, path, quirky_tokenizer, refused, run, world
 
 import common
 import dvpo
-import ppo_baseline
-import sft
 import train_gvm
 from data import toy, ultrafeedback
-from helpers import *
 
 
 def test_gold_reward_and_true_q():
@@ -44,7 +37,7 @@ def test_gold_reward_and_true_q():
 
 
 def test_ultrafeedback():
-    """Raw rows with every oddity: N/A ratings, 10 for 1 in overall_score, one completion, empty text, a repeated prompt."""
+    """Raw rows with every oddity: N/A ratings, a wrong overall_score, one completion, empty text, a prompt twice."""
     def rated(*r):
         return {str(i): {"Rating": x} for i, x in enumerate(r)}
 
@@ -110,7 +103,6 @@ def test_ultrafeedback():
 
 
 def test_any_jsonl():
-    import gzip
 
     lines = [
         json.dumps(dict(prompt=[dict(role="user", content="ü" * i + "x")], response="a\u2028b", reward=i))
@@ -123,7 +115,7 @@ def test_any_jsonl():
 
 
 def test_odd_input_is_handled_as_documented():
-    """One row, one policy, duplicates, CRLF, BOM, blank lines, long lines, control tokens in the text: it trains, and says what it left out."""
+    """One row, duplicates, CRLF, BOM, blank and long lines, control tokens: it trains, and says what it left out."""
     world()
     odd = [
         j(prompt="review the soup .", response="the soup was great .", reward=1, policy="p"),

@@ -1,30 +1,13 @@
-import contextlib
-import glob
-import io
-import itertools
-import json
-import math
 import os
-import shutil
-import subprocess
+import re
+import shlex
 import sys
 
-import numpy as np
-import torch
-
-import common
-import dvpo
-import ppo_baseline
-import sft
-import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
+from helpers import HERE, script
 
 
 def test_readme():
-    """Its commands have the files and flags they name, the table of files their lines, and its numbers stand in results/."""
-    import re
-    import shlex
+    """Commands have the files and flags they name, the table its lines, and numbers come from results/."""
 
     text = open(os.path.join(HERE, "README.md")).read()
     commands = [

@@ -1,24 +1,12 @@
-import contextlib
-import glob
-import io
-import itertools
 import json
-import math
-import os
-import shutil
-import subprocess
 import sys
 
 import numpy as np
 import torch
+from helpers import PROMPT, RL, close, example_frame, path, script, tiny_gpt2, world
 
 import common
-import dvpo
-import ppo_baseline
-import sft
-import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
+from data import toy
 
 
 def test_interval_by_hand():
@@ -35,7 +23,7 @@ def test_policy_gradient_of_the_theorem():
 
     model = tiny_gpt2()
     _, _, ids, attn, mask = example_frame(toy.tokenizer())
-    adv, T = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)), mask.shape[1]
+    adv, _T = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)), mask.shape[1]
     got = theorem.gradient(model, ids, attn, mask, adv, torch.arange(len(ids)))
     model.zero_grad()
     for row in range(len(ids)):
@@ -47,13 +35,14 @@ def test_policy_gradient_of_the_theorem():
 
 
 def test_exact_values():
-    """experiments/exact.py: the value of a text is the mean of the values one word later, each as likely as the policies that may be writing make it; it
+    """The value of a text is the mean of the values one word later, under the policies that may be writing; it
     starts and ends where it must; and dvpo.py learns from it."""
     from experiments import exact
 
     tau = [("review the wine and the room .", "the wine was lovely . the room was not sad . <eos>".split())]
     for before in [], tau:
-        for text in "", "well , the soup", "the soup was not", "the soup was very very", "the soup was rude . the wine", "the soup was kind . the staff was bright .":
+        for text in ("", "well , the soup", "the soup was not", "the soup was very very",
+                     "the soup was rude . the wine", "the soup was kind . the staff was bright ."):
             words = text.split()
             loglik, weight = exact.read(PROMPT, words)[0][-1] + sum(
                 exact.read(p, w)[0][-1] for p, w in before), 0.0
@@ -61,7 +50,7 @@ def test_exact_values():
             state, _ = toy.read(PROMPT, text)
             said = [toy.next_words(state, p, toy.requested(PROMPT)) for p in toy.POLICIES.values()]
             for word in set().union(*said):
-                p = sum(a * s.get(word, 0.0) for a, s in zip(posterior, said))
+                p = sum(a * s.get(word, 0.0) for a, s in zip(posterior, said, strict=False))
                 weight += p * exact.best_value(before, PROMPT,
                                                [*words, words[-1] if word == toy.STUTTER else word])[-1]
             close(weight, exact.best_value(before, PROMPT, words)[-1], 1e-6)

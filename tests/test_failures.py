@@ -1,93 +1,85 @@
 import contextlib
-import glob
 import io
-import itertools
-import json
-import math
 import os
-import shutil
-import subprocess
+import resource
 import sys
+from unittest import mock
 
-import numpy as np
-import torch
+from helpers import ends_with_1, path, resume_cases, run, script, world
 
-import common
-import dvpo
-import ppo_baseline
+import runtime.checkpoints
 import sft
-import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
 
 
-def test_not_a_number_ends_the_run():
-    """In the loss: the step is named, its batch kept. In the weights alone, by a gradient: nothing is saved of them either."""
-    world()
-    argv = [*resume_cases("0")[0][2], "--save-every", "1", "--max-steps", "9"]
-    err = ends_with_1(lambda: sft.main([*argv, "--out", path("nan"), "--lr", "1e30"]))
-    with open(path("nan/metrics.jsonl")) as f:
-        bad = len(f.readlines())
-    assert 1 <= bad < 9 and f"loss at step {bad - 1} not finite" in err and f"step_{bad}" not in os.listdir(
-        path("nan/checkpoint") if bad > 1 else path("nan"))
-    assert set(torch.load(path(f"nan/bad_step_{bad - 1}_rank_0.pt"),
-                          weights_only=True)) == {"ids", "attn", "mask"}
-    from unittest import mock
+def nan_case():
+    return [*resume_cases("0")[0][2], "--save-every", "1", "--max-steps", "9"]
 
+
+def poison(*steps):
+    """sft_loss with a finite value and a gradient that is not, at these calls (none: at all)."""
     loss, calls = sft.sft_loss, []
 
-    def poisoned(*a):  # a finite loss with a gradient that is not, at the third step
-        calls.append(1)
-        out = loss(*a)
-        return out + (out * 0).sqrt() if len(calls) == 3 else out
+    def poisoned(*args):
+        calls.append(len(calls))
+        out = loss(*args)
+        return out + (out * 0).sqrt() if calls[-1] in steps or not steps else out
 
-    with mock.patch("sft.sft_loss", poisoned):
-        err = ends_with_1(lambda: sft.main([*argv, "--out", path("nan2")]))
-        calls.clear()
-        with contextlib.redirect_stderr(io.StringIO()) as warned, contextlib.redirect_stdout(io.StringIO()):
-            sft.main([*argv, "--out", path("nan3"), "--zero",
-                      "1"])  # DeepSpeed leaves that update out: said, and the run goes on
-    assert "gradient at step 2 was not finite" in warned.getvalue() and warned.getvalue().count(
-        "not finite") == 1
-    with mock.patch("sft.sft_loss", lambda *a: loss(*a) + (loss(*a) * 0).sqrt()):
-        assert "steps in a row, 0 to 2, are not finite" in ends_with_1(
-            lambda: sft.main([*argv, "--out", path("nan4"), "--zero", "1"]))
-        assert "weights for" in ends_with_1(lambda: sft.main(
-            [*argv, "--out", path("nan5"), "--save-every", "100", "--max-steps", "1"]))
+    return mock.patch("sft.sft_loss", poisoned)
+
+
+def test_loss_not_finite():
+    world()
+    err = ends_with_1(lambda: sft.main([*nan_case(), "--out", path("nan"), "--lr", "1e30"]))
+    with open(path("nan/metrics.jsonl")) as f:
+        bad = len(f.readlines())
+    assert 1 <= bad < 9 and f"loss at step {bad - 1} not finite" in err, err
+    saved = os.listdir(path("nan/checkpoint")) if os.path.exists(path("nan/checkpoint")) else []
+    assert f"step_{bad}" not in saved
+
+
+def test_gradient_not_finite():
+    """Weights that are not finite are never saved: not in a checkpoint, not in the model."""
+    world()
+    with poison(2):
+        err = ends_with_1(lambda: sft.main([*nan_case(), "--out", path("nan2")]))
+    assert "weights of the policy after step 2 are not finite" in err, err
+    assert sorted(os.listdir(path("nan2/checkpoint"))) == ["step_1", "step_2"]
+    last = [*nan_case(), "--out", path("nan5"), "--save-every", "100", "--max-steps", "1"]
+    with poison():
+        assert "weights for" in ends_with_1(lambda: sft.main(last))
     assert not os.path.exists(path("nan5/model"))
-    assert "weights of the policy after step 2 are not finite" in err and "checkpoint/step_2" in err and sorted(
-        os.listdir(path("nan2/checkpoint"))) == ["step_1", "step_2"]
+
+
+def test_skipped_updates_are_reported():
+    """With ZeRO DeepSpeed skips an update whose gradient is not finite."""
+    world()
+    with poison(2), contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        sft.main([*nan_case(), "--out", path("nan3"), "--zero", "1"])
+    assert err.getvalue().count("warning") == 1 and "step 2: gradient not finite" in err.getvalue()
 
 
 def test_full_disk_keeps_the_last_checkpoint():
-    """No file may grow beyond 200 kB from the second save on, which the operating system enforces as it does a full disk."""
+    """No file may grow beyond 200 kB from the second save on: the system's error is that of a full disk."""
     world()
-    import resource
-
-    save, soft_hard = common.check_sums, resource.getrlimit(resource.RLIMIT_FSIZE)
+    check_sums, limits = runtime.checkpoints.check_sums, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def then_full(folder):
         if folder.endswith(".tmp"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, soft_hard[1]))
-        return save(folder)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        return check_sums(folder)
 
-    from unittest import mock
-
+    argv = [*resume_cases("0")[0][2], "--out", path("full")]
     try:
-        with mock.patch("common.check_sums", then_full):
-            err = ends_with_1(
-                lambda: sft.main([*resume_cases("0")[0][2], "--save-every", "1", "--out",
-                                  path("full")]))
+        with mock.patch("runtime.checkpoints.check_sums", then_full):
+            err = ends_with_1(lambda: sft.main([*argv, "--save-every", "1"]))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
-    assert "step_2 cannot be written" in err and "step_1, stays" in err and os.listdir(
-        path("full/checkpoint")) == ["step_1"], err
-    rows = run(sft, *resume_cases("0")[0][2], "--out", path("full"), "--resume")
-    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "step_2 cannot be written" in err and os.listdir(path("full/checkpoint")) == ["step_1"], err
+    assert [row["step"] for row in run(sft, *argv, "--resume")] == [0, 1, 2, 3]
 
 
 def test_a_thread_cannot_fail_a_finished_run():
-    """Threads in torch at the end abort Python's own shutdown (without finish: 6 of 6 times), as gloo's can."""
+    """Threads in torch at the end abort Python's own shutdown, as gloo's can; finish() does not let them."""
     code = """if True:
         import atexit, threading, time, torch, common
         def work(x=torch.randn(100)):

@@ -1,24 +1,9 @@
-import contextlib
-import glob
-import io
-import itertools
-import json
-import math
-import os
-import shutil
-import subprocess
-import sys
-
-import numpy as np
 import torch
+from helpers import PROMPT, close, example_frame, mask_and_first, tiny_gpt2, tiny_llama
 
 import common
-import dvpo
-import ppo_baseline
 import sft
-import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
+from data import toy
 
 
 def test_frame_positions_against_a_slow_loop():
@@ -30,7 +15,7 @@ def test_frame_positions_against_a_slow_loop():
         with torch.no_grad():
             logp, value = model(ids, attn, mask.shape[1],
                                 temperature=0.7), model(ids, attn, mask.shape[1], head="v")
-            for b, (p, r) in enumerate(zip(prompts, responses)):
+            for b, (p, r) in enumerate(zip(prompts, responses, strict=False)):
                 for t in range(len(r)):
                     before = torch.tensor([p + r[:t]])  # logp[t] is read before a_t ...
                     want = (model.lm(before).logits[0, -1] / 0.7).log_softmax(-1)[r[t]]
@@ -55,10 +40,11 @@ def test_left_padding_changes_nothing():
 
 
 def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
-    """The GVM behind one cached tau == behind the same tau in front of each row; and the cache can be used again."""
+    """One cached tau equals the same tau in front of each row, and the cache can be used again."""
     tok = toy.tokenizer()
     for model in (tiny_gpt2(), tiny_llama()):
-        model.add_adapter("gvm", 4, 8.0), model.add_head("gvm")
+        model.add_adapter("gvm", 4, 8.0)
+        model.add_head("gvm")
         for k, p in model.named_parameters():
             if ".B." in k or "heads" in k:
                 torch.nn.init.normal_(p, std=0.1)
@@ -71,7 +57,7 @@ def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
                 close(
                     model(ids, attn, mask.shape[1], "gvm", head="gvm", cache=tau(2))[mask_and_first(mask)],
                     model(*long[:2], mask.shape[1], "gvm", head="gvm")[mask_and_first(mask)], 1e-5)
-            assert common.read_prefix(model, [], "gvm", "gvm", "cpu")(2) is None
+            assert common.read_prefix(model, [], "gvm", "gvm", "cpu") is None
         assert (model(ids, attn, mask.shape[1], "gvm", head="gvm") -
                 model(*long[:2], mask.shape[1], "gvm", head="gvm")).abs().max() > 1e-3  # it does matter
 
@@ -106,7 +92,7 @@ def test_bos_once_and_behind():
 
 
 def test_chunked_logp_equals_plain():
-    """Values and gradients, in chunks under checkpointing and in one piece, fp32 and bf16, against autograd over plain log-softmax."""
+    """Values and gradients, in chunks and in one piece, fp32 and bf16, against a plain log-softmax."""
     torch.manual_seed(0)
     h, y, head, weight, real = torch.randn(18, 8,
                                            requires_grad=True), torch.randint(0, 11, (18, )), torch.nn.Linear(
@@ -122,13 +108,13 @@ def test_chunked_logp_equals_plain():
         want = (head(x).float() / temperature).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
         close(out.detach(), want.detach(), bound)
         for g, g2 in zip(*(torch.autograd.grad((values * weight).sum(), (h, head.weight, head.bias))
-                           for values in (out, want))):
+                           for values in (out, want)), strict=False):
             close(g.float() / g2.float().abs().max(), g2.float() / g2.float().abs().max(), bound)
     common.CHUNK = real
 
 
 def test_the_head_sees_no_padding():
-    """The one forward of the head is over as many rows as there are response tokens; log-probs are 0 behind a response's end."""
+    """The head runs once, on the response tokens alone; log-probs are 0 after the end of a response."""
     _, responses, ids, attn, mask = example_frame(toy.tokenizer(), 3)
     seen, model = [], tiny_gpt2()
     model.lm.get_output_embeddings().register_forward_hook(

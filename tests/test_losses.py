@@ -1,24 +1,12 @@
-import contextlib
-import glob
-import io
-import itertools
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import torch
+from helpers import close
 
-import common
 import dvpo
 import ppo_baseline
-import sft
 import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
 
 
 def test_td_targets_by_hand():
@@ -28,7 +16,8 @@ def test_td_targets_by_hand():
     close(train_gvm.td_targets(q, score, mask, 1.0, 0.0), [[0.2, 0.3, 0.4, 1.0], [2.0, -1.0, 0, 0]])
     close(train_gvm.td_targets(q, score, mask, 1.0, 1.0), [[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 0, 0]])
     close(train_gvm.td_targets(q, score, mask, 0.9, 1.0), [[0.729, 0.81, 0.9, 1.0], [-0.9, -1.0, 0, 0]])
-    # gamma 0.5, lambda 0.5: G3 = 1; G2 = .5 (.5 x .4 + .5 x 1) = .35; G1 = .5 (.5 x .3 + .5 x .35) = .1625; G0 = .5 (.5 x .2 + .5 x .1625)
+    # gamma 0.5, lambda 0.5: G3 = 1; G2 = .5 (.5 x .4 + .5 x 1) = .35; G1 = .5 (.5 x .3 + .5 x .35);
+    # G0 = .5 (.5 x .2 + .5 x .1625)
     # second row: G1 = -1; G0 = .5 (.5 x 2 - .5 x 1) = .25
     close(train_gvm.td_targets(q, score, mask, 0.5, 0.5), [[0.090625, 0.1625, 0.35, 1.0], [0.25, -1.0, 0, 0]])
 
@@ -50,7 +39,7 @@ def test_clipped_ppo_loss_by_hand():
                                                                                        [-1.0, -1.0,
                                                                                         9.0]]), 0.2
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-    # min(r A, clip(r) A): 1.1 (inside), 1.2 (clipped), 0.5 (not clipped: pessimistic), -1.5 (not clipped), -0.8 (clipped); mean 0.1
+    # min(r A, clip(r) A): 1.1, 1.2 (clipped), 0.5 (pessimistic: not clipped), -1.5, -0.8 (clipped); mean 0.1
     for module in (dvpo, ppo_baseline):
         loss, stats = module.clipped_ppo_loss(ratio.log().requires_grad_(), torch.zeros(2, 3), adv, mask,
                                               clip)

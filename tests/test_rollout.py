@@ -1,24 +1,13 @@
-import contextlib
-import glob
-import io
 import itertools
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 
-import numpy as np
 import torch
+from helpers import PROMPT, Args, close, tiny_gpt2, tiny_llama
 
 import common
 import dvpo
 import ppo_baseline
-import sft
-import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
+from data import toy
 
 
 def test_greedy_rollout_equals_generate():
@@ -46,9 +35,8 @@ def test_rollout_logp_equals_teacher_forced():
     P = ids.shape[1] - mask.shape[1]
     with torch.no_grad():
         logp = model(ids, attn, mask.shape[1], temperature=0.8)
-        for decode in common.Decoder(model, ids[:, :P],
-                                     attn[:, :P]), common.StaticDecoder(model, ids[:, :P], attn[:, :P], None,
-                                                                        mask.shape[1]):
+        growing, static = (common.Decoder(model, ids[:, :P], attn[:, :P]) for _ in range(2))
+        for decode in growing, common.StaticDecoder(static, mask.shape[1]):
             for t in range(mask.shape[1]):
                 step = (decode.logits / 0.8).log_softmax(-1).gather(1, ids[:, P + t, None]).squeeze(1)
                 close((step * mask[:, t]), (logp[:, t] * mask[:, t]), 1e-4)

@@ -1,28 +1,22 @@
 import contextlib
-import glob
 import io
-import itertools
 import json
-import math
 import os
-import shutil
-import subprocess
-import sys
+from unittest import mock
 
-import numpy as np
+import pytest
 import torch
+from helpers import GVM, HERE, PROMPT, RL, close, path, resume_cases, run, weights, world
 
 import common
 import dvpo
 import ppo_baseline
 import sft
 import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
 
 
 def test_chain_and_learning():
-    """SFT -> GVM -> DVPO through main(argv): tau matters, the first ratio is 1, nothing frozen moves, the gold reward rises."""
+    """SFT -> GVM -> DVPO: tau matters, the first ratio is 1, nothing frozen moves, the gold reward rises."""
     world()
     result = json.load(open(path("gvm/eval.json")))
     assert result["policies"]["expert"]["v0"] > result["policies"]["poor"]["v0"] + 0.3, result[
@@ -30,13 +24,13 @@ def test_chain_and_learning():
     assert result["accuracy"]["mean"] > 0.75 and result["true_q"]["correlation"] > 0.55, result
     before = weights(path("gvm0/model")), weights(path("sft/model"))
     rows = run(dvpo, *RL, "--gvm", path("gvm0/model"), "--out", path("dvpo"), "--max-steps", 25)
-    for old, new in zip(before, (weights(path("gvm0/model")), weights(path("sft/model")))):
+    for old, new in zip(before, (weights(path("gvm0/model")), weights(path("sft/model"))), strict=False):
         assert all(torch.equal(old[k], new[k]) for k in old)
     assert all(r["ratio_first"] == 1.0 for r in rows)
     assert [r["step"] for r in rows] == list(range(25))
-    need = "step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate sec_score sec_train tokens peak_bytes".split(
-    )
-    assert not set(need) - set(rows[0])
+    need = ("step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate sec_score "
+            "sec_train tokens peak_bytes")
+    assert set(need.split()) <= set(rows[0])
     first, last = (json.load(open(path(stage, "summary.json")))["gold"]
                    for stage in ("sft", "dvpo"))  # 256 responses each
     assert last > first + 0.15, (first, last)
@@ -47,7 +41,7 @@ def test_chain_and_learning():
 
 
 def test_frozen_models_and_lora_policy():
-    """--lora: one model in memory; the trunk under the adapter does not move, and the saved policy is the merged one."""
+    """--lora: one model in memory; the trunk does not move, and the saved policy is the merged one."""
     world()
     rows = run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("lora"), "--max-steps", 3, "--lora",
                "--lr", 1e-3)
@@ -89,79 +83,83 @@ def test_eval_only_and_show():
         shown["true_q"]) == 7 and shown["tokens"][1:] == "the soup was great . <eos>".split()
 
 
-def test_how_a_batch_is_cut_changes_nothing():
-    """Four micro-batches of like lengths give the updates of the whole optimizer batch in one piece, rows as they come, in every stage."""
+@pytest.mark.parametrize("case", range(5))
+def test_how_a_batch_is_cut_changes_nothing(case):
+    """Four micro-batches of similar lengths give the updates of the whole optimizer batch in one piece."""
     world()
-    by_length = common.sort_by_length
-    for name, stage, argv in resume_cases("0"):
-        cut = ("--grad-accum", "4") if stage in (sft, train_gvm) else ("--mini-batch-size", "2",
-                                                                       "--grad-accum", "4")
-        argv = (*argv, "--out", path("cut", name), *(("--lora-dropout", "0") if stage is train_gvm else ()))
-        common.sort_by_length = lambda order, attn, size: order
-        try:
-            unsorted = run(stage, *argv)
-        finally:
-            common.sort_by_length = by_length
-        for a, b in zip(unsorted, run(stage, *argv, *cut), strict=True):
-            for key in ("loss", ) if stage in (sft, train_gvm) else ("loss", "kl", "kl_step", "clip_frac",
-                                                                     "q_mean", "gold"):
-                close(a[key], b[key], 1e-4)
-            assert b.get("ratio_first", 1.0) == 1.0
+    name, stage, argv = resume_cases("0")[case]
+    keys, cut = ["loss"], ["--grad-accum", "4"]
+    if stage in (dvpo, ppo_baseline):
+        keys, cut = ["loss", "kl", "kl_step", "clip_frac", "q_mean", "gold"], ["--mini-batch-size", "2", *cut]
+    argv = [*argv, "--out", path("cut", name), *(["--lora-dropout", "0"] if stage is train_gvm else [])]
+    with mock.patch("common.sort_by_length", lambda order, attn, size: order):
+        unsorted = run(stage, *argv)
+    for a, b in zip(unsorted, run(stage, *argv, *cut), strict=True):
+        for key in keys:
+            close(a[key], b[key], 1e-4)
+        assert b.get("ratio_first", 1.0) == 1.0
 
 
-def test_lr_decay():
-    """In a straight line to 0, in the optimizers themselves, unless --no-lr-decay; four steps."""
+@pytest.mark.parametrize("case", [2, 3, 4])
+def test_lr_decay(case):
+    """Linear to 0, in the optimizers themselves, unless --no-lr-decay; four steps."""
     world()
+    name, stage, argv = resume_cases("0")[case]
     seen, set_lr = [], common.set_lr
+    flags = [*argv, "--out", path("decay", name), "--lr", 4e-4]
+    rates = [4e-4, 3e-4, 2e-4, 1e-4]
+    if stage is ppo_baseline:
+        flags += ["--critic-lr", 8e-4]
+        rates = [4e-4, 8e-4, 3e-4, 6e-4, 2e-4, 4e-4, 1e-4, 2e-4]
 
     def record(engine, lr):
         set_lr(engine, lr)
         seen.append(round(engine.optimizer.param_groups[-1]["lr"], 9))
 
-    common.set_lr = record
-    try:
-        for name, stage, argv in resume_cases("0")[2:]:
-            flags = (*argv, "--out", path("decay", name), "--lr", 4e-4,
-                     *(("--critic-lr", 8e-4) if stage is ppo_baseline else ()))
-            seen.clear()
-            run(stage, *flags)
-            assert seen[-4 * (1 + (stage is ppo_baseline)):] == ([
-                4e-4, 8e-4, 3e-4, 6e-4, 2e-4, 4e-4, 1e-4, 2e-4
-            ] if stage is ppo_baseline else [4e-4, 3e-4, 2e-4, 1e-4]), seen
-            seen.clear()
-            run(stage, *flags, "--no-lr-decay")
-            assert not seen, seen
-    finally:
-        common.set_lr = set_lr
+    with mock.patch("common.set_lr", record):
+        run(stage, *flags)
+        assert seen[-len(rates):] == rates, seen            # the reward model's come before
+        seen.clear()
+        run(stage, *flags, "--no-lr-decay")
+        assert not seen, seen
 
 
-def test_what_looks_wrong_is_said():
-    """Collapse, answers without an end, a value that rises while the reward falls, a policy that leaps away."""
+CHANGES = [
+    (dict(), []),
+    (dict(entropy=0.0), ["entropy collapse"]),
+    (dict(ended=0.0), ["endless"]),
+    (dict(kl=9.0), ["KL spike"]),
+    (dict(kl=3.9), []),
+    (dict(gold=0.3, q_mean=0.2), ["value hacking"]),
+    (dict(gold=0.3), []),
+]
+
+
+@pytest.mark.parametrize(("change", "warnings"), CHANGES)
+def test_warnings(change, warnings):
+    """Each is printed once, when it begins, and stands in the rows for as long as it holds."""
     os.makedirs(path("watch"), exist_ok=True)
     good = dict(entropy=1.0, ended=1.0, length=9.0, kl=1.0, q_mean=0.0, gold=0.5)
-    for change, word in (dict(), None), (dict(entropy=0.0), "collapsed"), (dict(ended=0.0), "endless"), (dict(length=1.0), "empty"), (dict(kl=99.0), "far away"), (dict(kl=9.0), ""), (dict(kl=3.9), None), \
-            (dict(gold=0.3, q_mean=0.2), "fooled"), (dict(gold=0.3), None):
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            metrics = common.Metrics(path("watch"), 25, "watch", ())
-            for step in range(25):
-                metrics.log(step, **(good if step < 10 else good | change))
-            metrics.close()
-        assert err.getvalue().count("warning: ") == (word is not None) + (change.get("kl") == 99.0) and (
-            word or "") in err.getvalue(), (change, err.getvalue())
-        assert ("from step 10 on: jumped" in err.getvalue()) == (change.get("kl", 0.0) > 4)
-        with open(path("watch/metrics.jsonl")) as f:
-            assert [json.loads(line).get("warnings", [""])[0].split(":")[0] for line in f][-1] == (word or "")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        metrics = common.Metrics(path("watch"), 25, "watch", ())
+        for step in range(25):
+            metrics.log(step, **(good if step < 10 else good | change))
+    assert err.getvalue().count("warning: ") == len(warnings), err.getvalue()
+    with open(path("watch/metrics.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    assert not any("warnings" in row for row in rows[:10])
+    seen = {warning.split(":")[0] for row in rows for warning in row.get("warnings", [])}
+    assert seen == set(warnings)
+    assert ("from step 10 on: KL spike" in err.getvalue()) == (warnings == ["KL spike"])
 
-    world()  # and after the last update, which no step follows
-    jumped, common.jumped = common.jumped, lambda kl, rows: len(rows) == 4
-    try:
-        for name, stage, argv in resume_cases("0")[2:]:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
-                stage.main([*argv, "--out", path("jumped", name)])
-            assert err.getvalue().count("warning: ") == err.getvalue().count(
-                "warning: the last updates took the policy far") == 1, err.getvalue()
-    finally:
-        common.jumped = jumped
+
+def test_progress_without_a_terminal():
+    """Whole lines, and few of them."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        for _ in common.Progress(range(5000), desc="rows"):
+            pass
+    lines = err.getvalue().splitlines()
+    assert "\r" not in err.getvalue() and len(lines) <= 3 and "5000/5000" in lines[-1], lines
 
 
 def test_help_teaches():

@@ -1,24 +1,19 @@
 import contextlib
-import glob
 import io
-import itertools
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import torch
+from helpers import HERE, PROMPT, close, path, quirky_model, quirky_tokenizer, refused, world
 
 import common
-import dvpo
 import ppo_baseline
-import sft
 import train_gvm
-from data import toy, ultrafeedback
-from helpers import *
+from data import toy
 
 
 def test_label_goes_on_where_it_stopped():
@@ -50,8 +45,9 @@ def test_label_goes_on_where_it_stopped():
 
 def test_label_with_a_reward_model():
     """A sequence-classification checkpoint scores a batch as it scores the rows one by one."""
-    from tools import label
     from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from tools import label
 
     tok = quirky_tokenizer("llama")
     torch.manual_seed(0)
@@ -65,7 +61,7 @@ def test_label_with_a_reward_model():
     tok = common.load_tokenizer(path("rm_hf"))
     want = [
         rm(torch.tensor([common.encode_prompt(tok, p) + common.encode_response(tok, r)])).logits.item()
-        for p, r in zip(prompts, responses)
+        for p, r in zip(prompts, responses, strict=False)
     ]
     close(label.score_with(path("rm_hf"), "cpu")(prompts, responses), want, 1e-5)
     refused(lambda: label.score_with(quirky_model("llama"), "cpu"),
@@ -118,9 +114,8 @@ def test_sample():
 
 
 def judge_server():
-    """A chat API on loopback: scores an answer by its length; fails in every way first. -> (server, what it was asked)"""
+    """A chat API on loopback that scores an answer by its length and fails in every way first -> server, requests."""
     import http.server
-    import threading
 
     asked = []
 
@@ -180,7 +175,7 @@ def test_judge():
     for name, answers in outputs.items():
         common.write_json(path(f"{name}.json"), [
             dict(instruction=q, output=o, generator=name)
-            for q, o in zip(questions + ["only in " + name], answers + ["x"])
+            for q, o in zip(questions + ["only in " + name], answers + ["x"], strict=False)
         ])
     server, asked = judge_server()
     for text, n, want in (("Score: 4", 1, [4]), ("**Score:** 4", 1, [4]), ("Total score: 3.5/5", 1, [3.5]),
@@ -202,7 +197,7 @@ def test_judge():
                 got["only_in_one"]) == (6, 1, 3, 10, 0, 2)
         close(got["win_rate"], 0.65)
         assert got["interval"][0] < 0.65 < got["interval"][1]
-        # 19 calls, as the tie's two answers are one text, and three that failed without a bill; a fourth was billed and said nothing
+        # 19 calls, as the tie's answers are one text; three failed without a bill; a fourth was billed
         assert len(asked) == 19 + 4 and got["tokens_in"] == 19 * 100 + 7 and got["tokens_out"] == 19 * 10 + 5
         close(got["cost"], (1907 * 2.5 + 195 * 10) / 1e6)
         first = asked[0]
@@ -216,7 +211,7 @@ def test_judge():
         again, n = go("--to", path("v.jsonl")), len(asked)
         assert again["win_rate"] == got["win_rate"] and n == 19 + 4 + 1  # one call, and nothing paid twice
         assert go("--to", path("v.jsonl")) == again and len(asked) == n
-        # Both answers in one message: a judge that likes the first has no favourite once both orders are asked; without, the order decides
+        # Both answers in one message: a judge that likes the first has no favourite once both orders are asked
         got = go("--to", path("w.jsonl"), "--pairwise", "--both-orders", "--judge", "first")
         assert got["ties"] == got["questions"] == 10 and len(asked) - n == 20 - 1
         got = go("--to", path("w2.jsonl"), "--pairwise", "--judge", "first")
@@ -224,7 +219,7 @@ def test_judge():
         got = go("--to", path("w3.jsonl"), "--pairwise")
         assert (got["wins"], got["ties"], got["losses"]) == (6, 1, 3)
         got = go("--to", path("w4.jsonl"), "--judge", "picky")
-        assert got["questions"] == 9 and got["unanswered"] == 1  # one refused question is left out and counted
+        assert got["questions"] == 9 and got["unanswered"] == 1     # a refused question is left out
         refused(lambda: judge.main([*files, "--to", path("u.jsonl"), "--judge", "no-such"]), "401")
         os.environ["OPENAI_BASE_URL"] = "http://127.0.0.1:1/v1"
         refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up")
