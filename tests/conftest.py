@@ -1,20 +1,23 @@
-"""Hides the GPU from the tests, and gives each of several workers one thread."""
+"""Hides the GPU, builds the little world before several workers start, and gives each of them one thread."""
 import os
 import shutil
 import sys
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the tests are of fp32 on a CPU
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config):
-    import helpers  # makes the folder that the workers inherit
+    import helpers
 
-    config.test_folder = helpers.SHARED
+    config.test_folder = helpers.SHARED     # the workers inherit it
+    if not WORKER and getattr(config.option, "numprocesses", None):
+        helpers.world()
 
 
 def pytest_unconfigure(config):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not WORKER:
         shutil.rmtree(config.test_folder, ignore_errors=True)

@@ -1,6 +1,5 @@
 """What several test files share: the little world, the stages as functions, two ranks."""
 import contextlib
-import fcntl
 import glob
 import io
 import itertools
@@ -86,23 +85,22 @@ def path(*parts):
 
 
 def world():
-    """Data, SFT model and two GVMs, built by the first worker that asks for them, in about a minute."""
+    """Data, SFT model and two GVMs in path(): built once, in about a minute, then linked by workers."""
     if os.path.exists(path("gvm")):
         return
-    with open(os.path.join(SHARED, "lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(os.path.join(SHARED, "world")):
-            build_world()
-            os.makedirs(os.path.join(SHARED, "world"))
-            for name in WORLD:
-                shutil.move(path(name), os.path.join(SHARED, "world", name))
+    built = os.path.join(SHARED, "world")
+    if not os.path.exists(built):
+        build_world()
+        os.makedirs(built)
+        for name in WORLD:
+            shutil.move(path(name), os.path.join(built, name))
     for name in WORLD:
-        os.symlink(os.path.join(SHARED, "world", name), path(name))
+        os.symlink(os.path.join(built, name), path(name))
 
 
 def build_world():
     with contextlib.redirect_stdout(io.StringIO()):
-        toy.make(path("toy"), heldout_rows_per_policy=60)
+        toy.make(path("toy"), rows_per_policy=2000, heldout_rows_per_policy=40)
     for name in ("sft", "gvm", "pairs"):                # a few rows, for tests that only want to see it run
         with open(path("toy", name + "_heldout.jsonl")) as full:
             rows = list(itertools.islice(full, 24))
@@ -110,9 +108,9 @@ def build_world():
             f.writelines(rows)
     run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout",
         path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
-        "--max-steps", 500)
+        "--max-steps", 400)
     run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 250, "--tau-pairs", 1)
-    run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 500, "--tau-pairs", 0)  # no tau: learns faster
+    run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 400, "--tau-pairs", 0)   # learns faster
 
 
 WORLD = "toy", "sft", "gvm", "gvm0"
@@ -134,8 +132,8 @@ def weights(folder):
 
 
 def quirky_tokenizer(kind, **more):
-    """Byte-level BPE like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no pad,
-    no spare id, chat template)."""
+    """Byte-level BPE like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no
+    pad, no spare id, chat template)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

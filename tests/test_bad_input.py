@@ -140,7 +140,7 @@ def test_broken_flags(broken_folders, flags, word):
     refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL, "--out", path("x"), *flags]), word)
 
 
-MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/toy.py"), (path(), "no such file")]
+MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/toy.py"), (path(), "no such")]
 
 
 @pytest.mark.parametrize(("name", "word"), MISSING)

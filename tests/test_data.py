@@ -37,7 +37,7 @@ def test_gold_reward_and_true_q():
 
 
 def test_ultrafeedback():
-    """Raw rows with every oddity: N/A ratings, a wrong overall_score, one completion, empty text, a prompt twice."""
+    """Raw rows with every oddity: N/A ratings, a wrong score, one completion, no text, a prompt twice."""
     def rated(*r):
         return {str(i): {"Rating": x} for i, x in enumerate(r)}
 
@@ -115,7 +115,7 @@ def test_any_jsonl():
 
 
 def test_odd_input_is_handled_as_documented():
-    """One row, duplicates, CRLF, BOM, blank and long lines, control tokens: it trains, and says what it left out."""
+    """One row, duplicates, CRLF, BOM, blank and long lines, control tokens: it trains and reports."""
     world()
     odd = [
         j(prompt="review the soup .", response="the soup was great .", reward=1, policy="p"),

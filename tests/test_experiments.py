@@ -35,7 +35,7 @@ def test_policy_gradient_of_the_theorem():
 
 
 def test_exact_values():
-    """The value of a text is the mean of the values one word later, under the policies that may be writing; it
+    """The value of text is the mean of the values one word later, under the policies that may be writing; it
     starts and ends where it must; and dvpo.py learns from it."""
     from experiments import exact
 

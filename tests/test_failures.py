@@ -53,7 +53,8 @@ def test_gradient_not_finite():
 def test_skipped_updates_are_reported():
     """With ZeRO DeepSpeed skips an update whose gradient is not finite."""
     world()
-    with poison(2), contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with poison(2), quiet, contextlib.redirect_stderr(io.StringIO()) as err:
         sft.main([*nan_case(), "--out", path("nan3"), "--zero", "1"])
     assert err.getvalue().count("warning") == 1 and "step 2: gradient not finite" in err.getvalue()
 

@@ -28,8 +28,8 @@ def test_chain_and_learning():
         assert all(torch.equal(old[k], new[k]) for k in old)
     assert all(r["ratio_first"] == 1.0 for r in rows)
     assert [r["step"] for r in rows] == list(range(25))
-    need = ("step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate sec_score "
-            "sec_train tokens peak_bytes")
+    need = ("step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate "
+            "sec_score sec_train tokens peak_bytes")
     assert set(need.split()) <= set(rows[0])
     first, last = (json.load(open(path(stage, "summary.json")))["gold"]
                    for stage in ("sft", "dvpo"))  # 256 responses each

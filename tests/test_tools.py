@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import torch
-from helpers import HERE, PROMPT, close, path, quirky_model, quirky_tokenizer, refused, world
+from helpers import HERE, PROMPT, RL, close, path, quirky_model, quirky_tokenizer, refused, run, world
 
 import common
 import ppo_baseline
@@ -114,7 +114,7 @@ def test_sample():
 
 
 def judge_server():
-    """A chat API on loopback that scores an answer by its length and fails in every way first -> server, requests."""
+    """A chat API on loopback that scores an answer by its length and fails in every way at first."""
     import http.server
 
     asked = []
@@ -211,7 +211,7 @@ def test_judge():
         again, n = go("--to", path("v.jsonl")), len(asked)
         assert again["win_rate"] == got["win_rate"] and n == 19 + 4 + 1  # one call, and nothing paid twice
         assert go("--to", path("v.jsonl")) == again and len(asked) == n
-        # Both answers in one message: a judge that likes the first has no favourite once both orders are asked
+        # Both answers in a message: a judge that likes the first has no favourite once both orders are asked
         got = go("--to", path("w.jsonl"), "--pairwise", "--both-orders", "--judge", "first")
         assert got["ties"] == got["questions"] == 10 and len(asked) - n == 20 - 1
         got = go("--to", path("w2.jsonl"), "--pairwise", "--judge", "first")
@@ -235,13 +235,15 @@ def test_judge():
     for name, answer in ("a", good), ("b", bad):
         common.write_json(path(f"{name}.json"), [dict(instruction=PROMPT, output=answer, generator=name)])
     assert go("--to", path("v2.jsonl"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
-    got = go("--to", path("v3.jsonl"), "--rm", path("rm/model"), "--init-from", path("sft/model"))
-    rm, tok, frame = common.load_model(path("sft/model"), trainable=False).eval(), common.load_tokenizer(
-        path("sft/model")), common.frame
-    common.load_adapter(rm, tok, path("rm/model"), "")
+    pairs = ("--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
+    run(ppo_baseline, *RL, *pairs, "--rm", path("judge_rm/model"), "--rm-max-steps", 3, "--max-steps", 1,
+        "--out", path("judge_ppo"))
+    got = go("--to", path("v3.jsonl"), "--rm", path("judge_rm/model"), "--init-from", path("sft/model"))
+    rm = common.load_model(path("sft/model"), trainable=False).eval()
+    tok = common.load_tokenizer(path("sft/model"))
+    common.load_adapter(rm, tok, path("judge_rm/model"), "")
+    prompts = [common.encode_prompt(tok, PROMPT)] * 2
+    responses = [common.encode_response(tok, t) for t in (good, bad)]
     with torch.no_grad():
-        want = ppo_baseline.scores(
-            rm,
-            *frame([common.encode_prompt(tok, PROMPT)] * 2,
-                   [common.encode_response(tok, t) for t in (good, bad)], tok.pad_token_id, "cpu"))
+        want = ppo_baseline.scores(rm, *common.frame(prompts, responses, tok.pad_token_id, "cpu"))
     assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])
