@@ -228,7 +228,8 @@ def test_bad_input_is_one_line():
             f.write(f'{{"prompt": "a", "response": "b", "reward": {reward}}}\n')
     with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            train_gvm.main(["--init-from", path("sft/model"), "--data", path("bad.jsonl"), "--out", path("x")])
+            model = path("sft/model")
+            train_gvm.main(["--init-from", model, "--data", path("bad.jsonl"), "--out", path("x")])
             raise AssertionError("not refused")
         except SystemExit as e:
             assert e.code == 2

@@ -3,12 +3,16 @@
     prompt    review the soup and the staff .
     response  well , the soup was not awful . the staff was very friendly .
 
-Gold reward: for each of the two requested nouns, +1/2 if the response holds exactly one well-formed clause about it and
+Gold reward: for each of the two requested nouns, +1/2 if the response holds exactly one well-formed clause
+about it and
 that clause is positive ("not" flips the meaning), else -1/2; so it lies in [-1, 1].
 
-The offline data come from behaviour policies that differ in how often they choose a kind word and how often they blunder
-(wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few thousand states that the text so
-far determines, so Q(s, a), the expected gold reward once the policy goes on from there, is the solution of one linear
+The offline data come from behaviour policies that differ in how often they choose a kind word and how often
+they blunder
+(wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few thousand states that
+the text so
+far determines, so Q(s, a), the expected gold reward once the policy goes on from there, is the solution of
+one linear
 system: `true_q` is exact. No benchmark of real text has such a yardstick.
 
     python data/toy.py                  # writes data/toy/, a few seconds
@@ -16,7 +20,8 @@ system: `true_q` is exact. No benchmark of real text has such a yardstick.
     model/                              word-level tokenizer and an untrained two-layer GPT-2
     sft.jsonl, sft_heldout.jsonl        {prompt, response}                   for sft.py
     gvm.jsonl, gvm_heldout.jsonl        {prompt, response, reward, policy}   for train_gvm.py
-    pairs.jsonl, pairs_heldout.jsonl    {prompt, chosen, rejected, ...}      for the reward model of ppo_baseline.py
+    pairs.jsonl, pairs_heldout.jsonl    {prompt, chosen, rejected, ...}      for the reward model of
+    ppo_baseline.py
     prompts.jsonl, prompts_heldout.jsonl {prompt}                            for dvpo.py and ppo_baseline.py
 """
 import argparse
@@ -60,7 +65,7 @@ POLICIES = {
 
 SFT_MIX = {"expert": 0.15, "good": 0.1, "average": 0.45, "clumsy": 0.15, "poor": 0.15}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The grammar: what the text so far amounts to. A clause is "the NOUN was [not] [very|so|rather] ADJECTIVE ."
 
 
@@ -75,7 +80,8 @@ class State(NamedTuple):
 
 
 def advance(state, word, nouns):
-    """The state after one more word. Any word may follow any other: what breaks the grammar loses its clause."""
+    """The state after one more word. Any word may follow any other: what breaks the grammar loses its clause.
+    """
     if word == ".":
         credit = list(state.credit)
         if state.at == "adjective" and state.noun < 2:
@@ -129,7 +135,7 @@ def gold_reward(prompt, response):
     return reward_of(read(prompt, response)[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The behaviour policies: one distribution over the next word for each state
 
 
@@ -189,7 +195,8 @@ def sample(prompt, policy, rng):
 def values(policy):
     """{state: expected gold reward from there on under the named policy}, exact.
 
-    V = P V + p(eos) reward, over every state that some text can reach, so that prefixes the policy would never write have
+    V = P V + p(eos) reward, over every state that some text can reach, so that prefixes the policy would
+    never write have
     a value too. Which two nouns are asked for does not matter: one table serves all prompts.
     """
     nouns, index, queue = NOUNS[:2], {State(): 0}, [State()]
@@ -210,7 +217,8 @@ def values(policy):
 
 
 def true_q(prompt, prefix, policy):
-    """Q(s, a): expected gold reward when `policy` (a name) goes on after `prefix`, whose last word is the action a.
+    """Q(s, a): expected gold reward when `policy` (a name) goes on after `prefix`, whose last word is the
+    action a.
 
     An empty prefix gives V(s_0); a prefix that ends in <eos> gives its gold reward.
     """
@@ -218,7 +226,7 @@ def true_q(prompt, prefix, policy):
     return reward_of(state) if ended else values(policy)[state]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The files
 
 
@@ -254,12 +262,13 @@ def write_jsonl(path, rows):
 
 
 def pair_up(rows, rng):
-    """Labelled rows -> pairs {prompt, chosen, rejected, ...} in random order: each row against one on the same prompt that drew another reward."""
+    """Labelled rows -> pairs {prompt, chosen, rejected, ...} in random order: each row against one on the
+    same prompt that drew another reward."""
     by_prompt, pairs = {}, []
     for row in rows:
         by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
     for group in by_prompt.values():
-        for a, b in zip(group, rng.permutation(np.array(group, dtype=object))):
+        for a, b in zip(group, rng.permutation(np.array(group, dtype=object)), strict=False):
             if a["reward"] != b["reward"]:
                 win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
                 pairs.append({
@@ -283,7 +292,8 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
     tok.save_pretrained(os.path.join(out, "model"))
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(model_config(tok))
-    # Positions start as sinusoids (arXiv 1706.03762), in which an offset is a rotation: a tau shifts the prompt to many places, and
+    # Positions start as sinusoids (arXiv 1706.03762), in which an offset is a rotation: a tau shifts the
+    # prompt to many places, and
     # from random positions each would have to be learned by itself.
     d = model.config.n_embd
     angle = torch.arange(256)[:, None] / 10_000**(torch.arange(0, d, 2) / d)
@@ -303,7 +313,8 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
                     "prompt": prompt, "response": text, "reward": gold_reward(prompt, text), "policy": policy
                 }
 
-        # Demonstrations come from everyone, and half of them stand at the end of a longer conversation with the same author, as
+        # Demonstrations come from everyone, and half of them stand at the end of a longer conversation with
+        # the same author, as
         # chat data do: the SFT model, trunk of the GVM, knows its way about behind a tau.
         sft = []
         for policy, share in SFT_MIX.items():

@@ -1,18 +1,23 @@
-"""UltraFeedback, the paper's data (section 4.3): split by prompt into 30 % SFT, 50 % value (or reward) learning, 20 % RL.
+"""UltraFeedback, the paper's data (section 4.3): split by prompt into 30 % SFT, 50 % value (or reward)
+learning, 20 % RL.
 
-    python data/ultrafeedback.py                                downloads openbmb/UltraFeedback at a pinned revision
+    python data/ultrafeedback.py   downloads openbmb/UltraFeedback at a pinned revision
     python data/ultrafeedback.py --raw FILE.jsonl [FILE ...]    from local copies of the raw files
-    python data/ultrafeedback.py --raw FILE.jsonl --binarized   from rows of HuggingFaceH4/ultrafeedback_binarized
+    python data/ultrafeedback.py --raw FILE.jsonl --binarized
+        from rows of HuggingFaceH4/ultrafeedback_binarized
 
 Writes into data/ultrafeedback/, each with a _heldout twin:
 
     sft.jsonl       {prompt, response}                      the best completion of each prompt
-    gvm.jsonl       {prompt, response, reward, policy}      every completion; policy is the model that wrote it, from which tau comes
+    gvm.jsonl       {prompt, response, reward, policy}      every completion; policy is the model that wrote
+    it, from which tau comes
     pairs.jsonl     {prompt, chosen, rejected, ...}         the best completion against one that scored lower
     prompts.jsonl   {prompt}
 
-The reward is the mean of the annotators' ratings (1 to 5; "N/A" does not count), moved to [-1, 1]. It is not overall_score, which
-once held 10 for 1 in 2,628 completions. Which part a prompt falls into depends on its text alone, so every run gives the same files.
+The reward is the mean of the annotators' ratings (1 to 5; "N/A" does not count), moved to [-1, 1]. It is not
+overall_score, which
+once held 10 for 1 in 2,628 completions. Which part a prompt falls into depends on its text alone, so every
+run gives the same files.
 """
 import argparse
 import collections
@@ -75,11 +80,13 @@ def binarized_rows(row, dropped):
     if not all(texts) or texts[0] == texts[1]:
         dropped["empty or equal pairs"] += 1
         return prompt, []
-    return prompt, [dict(prompt=prompt, response=t, reward=r) for t, r in zip(texts, (1.0, -1.0))]
+    rewards = zip(texts, (1.0, -1.0), strict=True)
+    return prompt, [dict(prompt=prompt, response=t, reward=r) for t, r in rewards]
 
 
 def pair(rows, prompt):
-    """Best completion against one that scored lower, picked by the prompt's hash; None where all are equal."""
+    """Best completion against one that scored lower, picked by the prompt's hash; None where all are equal.
+    """
     best = max(rows, key=lambda r: r["reward"])
     worse = [r for r in rows if r["reward"] < best["reward"]]
     if not worse:
@@ -119,7 +126,8 @@ def make(paths, out, binarized=False):
             prompt, rows = (binarized_rows if binarized else raw_rows)(row, dropped)
         except (KeyError, TypeError, IndexError, AttributeError) as e:
             sys.exit(
-                f"error: {path}:{number}: not a row of {'ultrafeedback_binarized' if binarized else 'UltraFeedback'} ({e!r})"
+                f"error: {path}:{number}: not a row of "
+                f"{'ultrafeedback_binarized' if binarized else 'UltraFeedback'} ({e!r})"
             )
         if not prompt.strip() or prompt in seen or len(rows) < 2:
             dropped["empty prompts" if not prompt.strip() else "repeated prompts" if prompt in
@@ -167,7 +175,8 @@ def main(argv=None):
             args.raw = [hf_hub_download(REPO, name, repo_type="dataset", revision=REVISION) for name in FILES]
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
             sys.exit(
-                f"error: {REPO} cannot be downloaded ({type(e).__name__}); give local copies of {', '.join(FILES)} with --raw"
+                f"error: {REPO} cannot be downloaded ({type(e).__name__}); give local copies of "
+                f"{', '.join(FILES)} with --raw"
             )
     count, dropped = make(args.raw, args.out, args.binarized)
     print("\n".join(f"{args.out}/{name}.jsonl: {n:,} rows" for name, n in count.items()))

@@ -1,11 +1,16 @@
-"""What each choice is worth on the review world: one thing changed at a time, several seeds, against the same seeds unchanged.
+"""What each choice is worth on the review world: one thing changed at a time, several seeds, against the same
+seeds unchanged.
 
-    python data/toy.py && python experiments/seeds.py && python experiments/ablate.py        some two hours and a half more on two cores, two seeds at a time
-    python experiments/ablate.py --report                                             only the table, from runs that are there
+    python data/toy.py && python experiments/seeds.py && python experiments/ablate.py
+        some two hours and a half more on two cores, two seeds at a time
+    python experiments/ablate.py --report   only the table, from runs that are there
 
-Takes the SFT models and their labelled samples from experiments/seeds.py. GVMs here train for --gvm-steps steps, fewer than the default, the unchanged one too.
-"moved": the policy of kl_coef 0.02, which goes far from the SFT model; its own answers are labelled, as tools/label.py does; "retrained" is
-a GVM that also trains on them, and GVMs are measured on other answers of it, at temperature 1. A seed counts once it is whole. Writes results/ablations.json and .md.
+Takes the SFT models and their labelled samples from experiments/seeds.py. GVMs here train for --gvm-steps
+steps, fewer than the default, the unchanged one too.
+"moved": the policy of kl_coef 0.02, which goes far from the SFT model; its own answers are labelled, as
+tools/label.py does; "retrained" is
+a GVM that also trains on them, and GVMs are measured on other answers of it, at temperature 1. A seed counts
+once it is whole. Writes results/ablations.json and .md.
 """
 import argparse
 import concurrent.futures
@@ -118,14 +123,17 @@ def report(args, seeds):
     data = dict(command="python experiments/ablate.py",
                 machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run", seeds=seeds,
                 gvm_steps=args.gvm_steps, steps=args.steps, runs=got, moved_accuracy=moved,
-                q_correlation_against_reward=float(np.corrcoef(*zip(*per_gvm))[0, 1]))
+                q_correlation_against_reward=float(np.corrcoef(*zip(*per_gvm, strict=False))[0, 1]))
     lines = [
         "# Ablations on the review world", "",
-        f"Command: `{data['command']}`. Seeds {', '.join(map(str, seeds))}. Machine: {data['machine']}. Every GVM trains for {args.gvm_steps} steps, "
+        f"Command: `{data['command']}`. Seeds {', '.join(map(str, seeds))}. Machine: {data['machine']}. "
+        f"Every GVM trains for {args.gvm_steps} steps, "
         f"every RL run goes {args.steps}.", "",
-        "Means over the seeds; difference: to the unchanged run of the same seed, with a 95 % interval of the mean (Student's t). gold: fresh answers "
+        "Means over the seeds; difference: to the unchanged run of the same seed, with a 95 % interval of "
+        "the mean (Student's t). gold: fresh answers "
         "after training; fall: from the best window of the gold reward to the lowest of the last third.", "",
-        "| changed | GVM pair accuracy | correlation with true Q | V(s_0) with the policies | gold | difference | last tenth | fall | KL |",
+        "| changed | GVM pair accuracy | correlation with true Q | V(s_0) with the policies | gold | "
+        "difference | last tenth | fall | KL |",
         "|" + "---|" * 9
     ]
     for name in got:
@@ -134,12 +142,16 @@ def report(args, seeds):
             for k in ("accuracy", "correlation", "v0", "heldout", "final", "fall", "heldout_kl")
         }
         lines.append(
-            f"| {name} | {m['accuracy']:.3f} | {m['correlation']:.3f} | {'' if np.isnan(m['v0']) else format(m['v0'], '.3f')} | {m['heldout']:.3f} | {interval(column(name, 'heldout') - column(BASE, 'heldout'), 3, '+') if name != BASE else ''} | "
+            f"| {name} | {m['accuracy']:.3f} | {m['correlation']:.3f} | "
+            f"{'' if np.isnan(m['v0']) else format(m['v0'], '.3f')} | {m['heldout']:.3f} | "
+            f"{interval(column(name, 'heldout') - column(BASE, 'heldout'), 3, '+') if name != BASE else ''} "
+            "| "
             f"{m['final']:.3f} | {m['fall']:.3f} | {m['heldout_kl']:.2f} |")
     lines += [
         "", "Pair accuracy on fresh answers of the policy that moved (kl_coef 0.02): " +
         "; ".join(f"{k} {np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for k, v in moved.items()) + ".", "",
-        f"Correlation over all GVMs and seeds ({len(per_gvm)} runs) between a GVM's correlation with the true Q and the gold reward that DVPO ends with: {data['q_correlation_against_reward']:.3f}."
+        f"Correlation over all GVMs and seeds ({len(per_gvm)} runs) between a GVM's correlation with the "
+        f"true Q and the gold reward that DVPO ends with: {data['q_correlation_against_reward']:.3f}."
     ]
     common.write_json("results/ablations.json", data)
     with open("results/ablations.md", "w") as f:

@@ -1,10 +1,14 @@
-"""TRL's PPO as one more method of tools/bench.py, in an environment of its own: nothing of this project is imported here.
+"""TRL's PPO as one more method of tools/bench.py, in an environment of its own: nothing of this project is
+imported here.
 
     python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 trl==1.0.0
-    python tools/bench.py --trl ENV/bin/python --shape 14M --prompt 32 --new 64 --batch-size 16 --mini-batch-size 4 --grad-accum 1
+    python tools/bench.py --trl ENV/bin/python --shape 14M --prompt 32 --new 64 --batch-size 16 \\
+        --mini-batch-size 4 --grad-accum 1
 
-trl.experimental.ppo.PPOTrainer of TRL 1.0.0, a release that still has one, with the same shape, rows, tokens, epochs and updates, random weights,
-fp32: it takes turns with ours, step by step. Started by bench.py with: FOLDER WORLD LENGTHS ROUNDS PROMPT NEW ROWS MINI ACCUM EPOCHS.
+trl.experimental.ppo.PPOTrainer of TRL 1.0.0, a release that still has one, with the same shape, rows, tokens,
+epochs and updates, random weights,
+fp32: it takes turns with ours, step by step. Started by bench.py with: FOLDER WORLD LENGTHS ROUNDS PROMPT NEW
+ROWS MINI ACCUM EPOCHS.
 """
 import itertools
 import json

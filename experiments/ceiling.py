@@ -1,4 +1,5 @@
-"""Table 4 of the exact token values on the review world's held-out rows: the most that any GVM which knows the policy can reach.
+"""Table 4 of the exact token values on the review world's held-out rows: the most that any GVM which knows
+the policy can reach.
 
     python data/toy.py && python experiments/ceiling.py           prints it, writes results/gvm_ceiling.json
 """
@@ -25,8 +26,10 @@ def main():
                  toy.true_q(row["prompt"], " ".join(words[:t]), row["policy"]) for t in range(len(words) + 1)
              ])))
     accuracy, pairs = train_gvm.table4(rows, values, 0.0)
-    noise = float(np.mean(np.concatenate([(v - r["reward"])**2 for r, (_, v) in zip(rows, values)])))
-    result = dict(command="python data/toy.py && python experiments/ceiling.py", pairs=pairs, accuracy=accuracy,
+    errors = [v - row["reward"] for row, (_, v) in zip(rows, values, strict=True)]
+    noise = float(np.mean(np.concatenate(errors)**2))
+    command = "python data/toy.py && python experiments/ceiling.py"
+    result = dict(command=command, pairs=pairs, accuracy=accuracy,
                   mean_squared_error_of_the_truth=noise)
     print(json.dumps(result, indent=1))
     with open("results/gvm_ceiling.json", "w") as f:

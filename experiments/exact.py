@@ -1,13 +1,20 @@
-"""What is DVPO worth behind a value without error? The review world's exact values in the GVM's place, with a tau and without one.
+"""What is DVPO worth behind a value without error? The review world's exact values in the GVM's place, with a
+tau and without one.
 
-    python data/toy.py && python experiments/seeds.py && python experiments/exact.py         ten minutes more on two cores
+    python data/toy.py && python experiments/seeds.py && python experiments/exact.py
+        ten minutes more on two cores
 
-The five behaviour policies are known, so the best that a GVM can learn from their rows is known: the mean of their exact values, each weighted by how
-likely that policy is to have written what was read so far. With a tau that includes tau, and two answers leave little doubt about their author;
-without one the first words of the answer itself must tell. dvpo.py runs as it is but for the model that gives Q; ppo_baseline.py with the gold reward in
-place of its reward model. Same SFT models, seeds and flags as in experiments/seeds.py, whose runs behind learned values they are set beside.
+The five behaviour policies are known, so the best that a GVM can learn from their rows is known: the mean of
+their exact values, each weighted by how
+likely that policy is to have written what was read so far. With a tau that includes tau, and two answers
+leave little doubt about their author;
+without one the first words of the answer itself must tell. dvpo.py runs as it is but for the model that gives
+Q; ppo_baseline.py with the gold reward in
+place of its reward model. Same SFT models, seeds and flags as in experiments/seeds.py, whose runs behind
+learned values they are set beside.
 
-The second table says where the learned values err: what single words do to Q in fresh answers of the expert, behind its tau, learned and exact.
+The second table says where the learned values err: what single words do to Q in fresh answers of the expert,
+behind its tau, learned and exact.
 Writes out/exact/SEED/..., results/exact.json and .md.
 """
 import argparse
@@ -32,8 +39,9 @@ import train_gvm
 from data import toy
 from experiments.seeds import STEPS, final, interval, stage
 
+# pairs in tau, flags: named as in experiments/seeds.py
 DVPO = {"dvpo": (2, ()), "dvpo_no_tau": (0, ()),
-        "dvpo_no_tau_kl0.2": (0, ("--kl-coef", "0.2"))}  # pairs in tau, flags: named as in experiments/seeds.py
+        "dvpo_no_tau_kl0.2": (0, ("--kl-coef", "0.2"))}
 BLUNDERS = ("unkind", "broken", "wrong noun", "early end")
 
 
@@ -43,7 +51,8 @@ def next_words(state, policy, nouns):
 
 
 def read(prompt, words):
-    """-> log-likelihood of the first t words under each policy, and their value for each policy that goes on after them: (T+1, 5) each."""
+    """-> log-likelihood of the first t words under each policy, and their value for each policy that goes on
+    after them: (T+1, 5) each."""
     nouns, state, before, loglik, value = tuple(
         toy.requested(prompt)), toy.State(), None, [[0.0] * len(toy.POLICIES)], []
     value.append([toy.values(p)[state] for p in toy.POLICIES])
@@ -51,7 +60,7 @@ def read(prompt, words):
         said = [next_words(state, p, nouns) for p in toy.POLICIES]
         loglik.append([
             a + np.log(s.get(word, 0.0) + (s.get(toy.STUTTER, 0.0) if word == before else 0.0) + 1e-9)
-            for a, s in zip(loglik[-1], said)
+            for a, s in zip(loglik[-1], said, strict=False)
         ])
         if word == toy.EOS:
             value.append([toy.reward_of(state)] * len(toy.POLICIES))
@@ -62,7 +71,8 @@ def read(prompt, words):
 
 
 def best_value(tau, prompt, words):
-    """tau [(prompt, words)], prompt, words -> E[reward | tau, prompt, the first t words], t = 0 .. T; every policy equally likely beforehand."""
+    """tau [(prompt, words)], prompt, words -> E[reward | tau, prompt, the first t words], t = 0 .. T; every
+    policy equally likely beforehand."""
     loglik, value = read(prompt, words)
     loglik = loglik + sum(read(p, w)[0][-1] for p, w in tau)
     weight = np.exp(loglik - loglik.max(1, keepdims=True))
@@ -70,7 +80,8 @@ def best_value(tau, prompt, words):
 
 
 def spread(pairs, n=200):
-    """Standard deviation of those values over the tokens of n answers of every policy: what train_gvm.py leaves to dvpo.py as q_std."""
+    """Standard deviation of those values over the tokens of n answers of every policy: what train_gvm.py
+    leaves to dvpo.py as q_std."""
     rng, values = np.random.default_rng(0), []
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(toy.NOUNS, 2)]
     for policy in toy.POLICIES:
@@ -91,13 +102,13 @@ class Exact(torch.nn.Module):
         """Ids of one or more "<user> prompt <assistant> answer" -> [(prompt, words)]."""
         parts = re.split(r"<user> (review the \w+ and the \w+ \.) <assistant>",
                          " ".join(self.tok.convert_ids_to_tokens(ids)))[1:]
-        return [(prompt, answer.split()) for prompt, answer in zip(parts[::2], parts[1::2])]
+        return [(prompt, answer.split()) for prompt, answer in zip(parts[::2], parts[1::2], strict=False)]
 
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         if head is None:
             return self.trunk(ids, attn, T, adapter, temperature=temperature)
         q = torch.zeros(len(ids), T + 1)
-        for row, i, a in zip(q, ids, attn):
+        for row, i, a in zip(q, ids, attn, strict=False):
             value = best_value(cache or [], *self.turns(i[a.bool()])[-1])
             row[:len(value)] = torch.from_numpy(value)
         return q
@@ -134,7 +145,8 @@ def event(state, word, nouns):
 
 
 def changes(seed, name, n=4000):
-    """What each word of BLUNDERS does to Q in n answers of the expert: {blunder: (how many, learned, exact)}."""
+    """What each word of BLUNDERS does to Q in n answers of the expert: {blunder: (how many, learned, exact)}.
+    """
     root, rng, found = f"out/seeds/{seed}", np.random.default_rng(seed), collections.defaultdict(list)
     tok, model = common.load_tokenizer(f"{root}/sft/model"), common.load_model(
         f"{root}/sft/model", trainable=False).eval()
@@ -149,7 +161,7 @@ def changes(seed, name, n=4000):
     for row, (ids,
               q) in zip(rows,
                         train_gvm.token_values(model, tok, rows, taus, argparse.Namespace(**meta), "cpu",
-                                               64)):
+                                               64), strict=False):
         state, nouns, words = toy.State(), toy.requested(row["prompt"]), tok.convert_ids_to_tokens(ids)
         exact = [toy.true_q(row["prompt"], " ".join(words[:t]), "expert") for t in range(len(words) + 1)]
         for t, word in enumerate(words):
@@ -175,7 +187,8 @@ def report(seeds):
                             for name in ("gvm", "gvm_no_tau")})
     lines = [
         "# DVPO behind exact values", "",
-        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Seeds {', '.join(map(str, seeds))}; mean and 95 % interval (Student's t).",
+        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Seeds "
+        f"{', '.join(map(str, seeds))}; mean and 95 % interval (Student's t).",
         "", "| run | value or reward | last tenth | held-out | KL |", "|---|---|---|---|---|"
     ]
     for name, kinds in data["runs"].items():
@@ -186,7 +199,8 @@ def report(seeds):
         ]
     lines += [
         "",
-        "learned: the runs of toy.md, behind the GVM (DVPO) or the reward model (PPO). exact: behind the exact values (DVPO) or the gold reward (PPO).",
+        "learned: the runs of toy.md, behind the GVM (DVPO) or the reward model (PPO). exact: behind the "
+        "exact values (DVPO) or the gold reward (PPO).",
         "", "## What a blunder does to Q", "",
         "Mean over the seeds of the change of Q at that word, in 4,000 fresh answers of the expert.", "",
         "| word | times a seed | exact | GVM, behind the expert's tau | GVM without tau |",

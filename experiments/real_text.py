@@ -1,10 +1,14 @@
-"""SFT and GVM on real answers of real models, from random weights, on a CPU: what tau and batch norm are worth on text.
+"""SFT and GVM on real answers of real models, from random weights, on a CPU: what tau and batch norm are
+worth on text.
 
     python experiments/real_text.py --train alpaca_eval_train.jsonl.gz --valid alpaca_eval_valid.jsonl.gz
 
-The files: rows {prompt, response, reward, policy}, answers of published models to AlpacaEval prompts, each scored against GPT-4 Turbo by
-a judge (tatsu-lab/alpaca_eval; the data are CC BY-NC 4.0 and not part of this project). A small GPT-2 is made from the training texts, fine-tuned
-on them, and becomes the trunk of one GVM per line of RUNS, two at a time, one thread each. Three policies are left out of the GVM's training.
+The files: rows {prompt, response, reward, policy}, answers of published models to AlpacaEval prompts, each
+scored against GPT-4 Turbo by
+a judge (tatsu-lab/alpaca_eval; the data are CC BY-NC 4.0 and not part of this project). A small GPT-2 is made
+from the training texts, fine-tuned
+on them, and becomes the trunk of one GVM per line of RUNS, two at a time, one thread each. Three policies are
+left out of the GVM's training.
 Writes out/real/..., then results/real_text.json and results/real_text.md; what has been run is not run again.
 """
 import argparse
@@ -53,7 +57,8 @@ def stage(script, out, *argv, threads=2):
 def split(train, valid, folder):
     """train.jsonl, without the unseen policies; valid.jsonl, whole; sft_heldout.jsonl, a tenth of that."""
     os.makedirs(folder, exist_ok=True)
-    train, valid = (common.read_rows(path, ["prompt", "response", "reward", "policy"]) for path in (train, valid))
+    keys = ["prompt", "response", "reward", "policy"]
+    train, valid = (common.read_rows(path, keys) for path in (train, valid))
     for name, rows in ("train",
                        (r for r in train
                         if r["policy"] not in UNSEEN)), ("valid",
@@ -64,7 +69,8 @@ def split(train, valid, folder):
 
 
 def yardsticks(train, valid):
-    """Accuracy over the pairs of table 4 of judges who read nothing: the longer answer wins, as it is and as far as a GVM sees it behind 0 and 2 pairs of tau;
+    """Accuracy over the pairs of table 4 of judges who read nothing: the longer answer wins, as it is and as
+    far as a GVM sees it behind 0 and 2 pairs of tau;
     the policy with the better average wins."""
     rows, known = list(common.read_rows(valid, [])), common.read_rows(train, [])
     mean = {}
@@ -83,8 +89,8 @@ def yardsticks(train, valid):
             data.tau(r["policy"], r["prompt"], pairs, np.random.default_rng([1, i]))
             for i, r in enumerate(rows)
         ]
-        seen = {id(r): len(s) for r, s in zip(rows, train_gvm.encode(tok, rows, taus, room)[1])}
-        out[f"longer_wins_seen_behind_{pairs}"] = judge(lambda r: seen[id(r)])
+        seen = {id(r): len(s) for r, s in zip(rows, train_gvm.encode(tok, rows, taus, room)[1], strict=False)}
+        out[f"longer_wins_seen_behind_{pairs}"] = judge(lambda r, seen=seen: seen[id(r)])
     return out
 
 
@@ -103,22 +109,31 @@ def gvm(run):
 def report(runs, marks, sft, seconds):
     def unseen(r):
         return train_gvm.correlation(*zip(*((p["mean_reward"], p["v0"]) for k, p in r["policies"].items()
-                                            if k in UNSEEN)))
+                                            if k in UNSEEN), strict=False))
 
     lines = [
         "# Real text: SFT and GVM from random weights", "",
-        "Command: `python experiments/real_text.py --train alpaca_eval_train.jsonl.gz --valid alpaca_eval_valid.jsonl.gz`. "
-        f"Machine: {os.cpu_count()} cores; SFT on two threads ({seconds} s, held-out loss {sft['heldout_loss']:.3f} nats a token), the GVMs two at a time, one thread each.",
+        "Command: `python experiments/real_text.py --train alpaca_eval_train.jsonl.gz --valid "
+        "alpaca_eval_valid.jsonl.gz`. "
+        f"Machine: {os.cpu_count()} cores; SFT on two threads ({seconds} s, held-out loss "
+        f"{sft['heldout_loss']:.3f} nats a token), the GVMs two at a time, one thread each.",
         "",
-        f"Settings: scratch_model {' '.join(map(str, SCRATCH))}; sft {' '.join(map(str, SFT))}; train_gvm {' '.join(map(str, GVM))}.",
+        f"Settings: scratch_model {' '.join(map(str, SCRATCH))}; sft {' '.join(map(str, SFT))}; train_gvm "
+        f"{' '.join(map(str, GVM))}.",
         "",
-        f"Accuracy over {runs[0]['pairs']} pairs of answers to unseen prompts whose rewards differ by more than {MIN_GAP}; the last two columns: correlation of "
-        f"V(s_0 | tau) with the policies' mean rewards, over all, and over the {len(UNSEEN)} left out of training ({', '.join(UNSEEN)}).",
+        f"Accuracy over {runs[0]['pairs']} pairs of answers to unseen prompts whose rewards differ by more "
+        f"than {MIN_GAP}; the last two columns: correlation of "
+        f"V(s_0 | tau) with the policies' mean rewards, over all, and over the {len(UNSEEN)} left out of "
+        f"training ({', '.join(UNSEEN)}).",
         "",
-        f"Yardsticks: the longer answer wins {marks['longer_wins']:.3f}, but {marks['longer_wins_seen_behind_0']:.3f} and {marks['longer_wins_seen_behind_2']:.3f} where length is what a GVM "
-        f"sees of it, behind no tau and behind two pairs (--max-length cuts what is longer); the policy with the better average wins {marks['better_average_wins']:.3f}.",
+        f"Yardsticks: the longer answer wins {marks['longer_wins']:.3f}, but "
+        f"{marks['longer_wins_seen_behind_0']:.3f} and {marks['longer_wins_seen_behind_2']:.3f} where "
+        "length is what a GVM "
+        "sees of it, behind no tau and behind two pairs (--max-length cuts what is longer); the policy "
+        f"with the better average wins {marks['better_average_wins']:.3f}.",
         "",
-        "| tau pairs | batch norm | td_lambda | seed | mean | P1 | P5 | P10 | P90 | P95 | P99 | last | V(s_0) all | V(s_0) left out | seconds |",
+        "| tau pairs | batch norm | td_lambda | seed | mean | P1 | P5 | P10 | P90 | P95 | P99 | last | "
+        "V(s_0) all | V(s_0) left out | seconds |",
         "|" + "---|" * 15
     ]
     lines += [

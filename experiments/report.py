@@ -10,7 +10,8 @@ import numpy as np
 
 
 def load(folder):
-    """metrics.jsonl, summary.json and memory.json of one stage; the summary of a stage without them is empty."""
+    """metrics.jsonl, summary.json and memory.json of one stage; the summary of a stage without them is empty.
+    """
     def read(name, default):
         return json.load(open(os.path.join(folder, name))) if os.path.exists(os.path.join(folder,
                                                                                           name)) else default
@@ -21,7 +22,8 @@ def load(folder):
 
 
 def reach(rows, share=0.9, window=5):
-    """(steps, seconds) until the gold reward, a mean over `window` steps, has made `share` of its whole gain."""
+    """(steps, seconds) until the gold reward, a mean over `window` steps, has made `share` of its whole gain.
+    """
     gold = np.array([r["gold"] for r in rows])
     smooth = np.convolve(gold, np.ones(window) / window, "valid")  # entry i ends at step i + window - 1
     final = gold[-max(1, len(gold) // 10):].mean()
@@ -54,13 +56,15 @@ def main(argv=None):
     args = p.parse_args(argv)
     rows = table(args.out)
     print(
-        f"{'':6}{'gold reward':>12}{'KL to SFT':>11}{'steps to 90 %':>15}{'seconds':>9}{'of':>8}{'peak MB':>9}{'parameters held':>17}{'trained':>10}"
+        f"{'':6}{'gold reward':>12}{'KL to SFT':>11}{'steps to 90 %':>15}{'seconds':>9}"
+        f"{'of':>8}{'peak MB':>9}{'parameters held':>17}{'trained':>10}"
     )
     for r in rows:
         steps, seconds, total = (f"{r[k]:.0f}" if k in r else "-"
                                  for k in ("steps_90", "seconds_90", "seconds"))
         print(
-            f"{r['stage']:6}{r['gold']:>12.3f}{r['kl']:>11.2f}{steps:>15}{seconds:>9}{total:>8}{r['peak_mb']:>9.0f}{r['held']:>17,}{r['trained']:>10,}"
+            f"{r['stage']:6}{r['gold']:>12.3f}{r['kl']:>11.2f}{steps:>15}{seconds:>9}{total:>8}"
+            f"{r['peak_mb']:>9.0f}{r['held']:>17,}{r['trained']:>10,}"
         )
     with open(os.path.join(args.out, "report.json"), "w") as f:
         json.dump(rows, f, indent=1)

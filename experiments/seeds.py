@@ -1,11 +1,16 @@
-"""Several seeds of the whole chain on the review world, two processes at a time: SFT -> GVM -> DVPO, and reward model -> PPO.
+"""Several seeds of the whole chain on the review world, two processes at a time: SFT -> GVM -> DVPO, and
+reward model -> PPO.
 
-    python data/toy.py && python experiments/seeds.py             five seeds, also with a GVM without tau, then on a sixth, which the settings were chosen on,
-                                                            lr x kl_coef for DVPO and PPO alike; about an hour on two cores
+    python data/toy.py && python experiments/seeds.py
+        five seeds, also with a GVM without tau, then on a sixth, which the settings were chosen on,
+                                                            lr x kl_coef for DVPO and PPO alike; about an hour
+                                                            on two cores
     python experiments/seeds.py --report                          only the tables, from runs that are there
 
-Writes out/seeds/SEED/..., then results/toy.json and results/toy.md. RL runs go half as long again as the default, to see whether
-the reward falls; "final" is the mean over the last tenth, "best" the highest mean over a window of that length.
+Writes out/seeds/SEED/..., then results/toy.json and results/toy.md. RL runs go half as long again as the
+default, to see whether
+the reward falls; "final" is the mean over the last tenth, "best" the highest mean over a window of that
+length.
 """
 import argparse
 import concurrent.futures
@@ -55,7 +60,8 @@ def interval(x, digits=2, sign=""):
 
 
 def label(root, seed):
-    """The SFT model's own samples, labelled; the same rows for the GVM and, as pairs, for the reward model."""
+    """The SFT model's own samples, labelled; the same rows for the GVM and, as pairs, for the reward model.
+    """
     subprocess.run([
         sys.executable, "tools/label.py", "--policy", f"{root}/sft/model", "--seed",
         str(seed), "--to", f"{root}/labelled.jsonl"
@@ -89,7 +95,8 @@ def tuning(job):
 
 
 def final(folder):
-    """{final, best, fall, kl, held-out gold and KL} of one RL run; fall: from the best window to the worst of the last third."""
+    """{final, best, fall, kl, held-out gold and KL} of one RL run; fall: from the best window to the worst of
+    the last third."""
     with open(f"{folder}/metrics.jsonl") as f:
         rows = [json.loads(line) for line in f]
     n = max(1, len(rows) // 10)
@@ -103,7 +110,8 @@ def final(folder):
 
 
 def reach(seed, share, window=5):
-    """{stage: (steps, seconds)} until the gold reward, a mean over `window` steps, has made `share` of the way to where PPO ends (its last tenth); None: never."""
+    """{stage: (steps, seconds)} until the gold reward, a mean over `window` steps, has made `share` of the
+    way to where PPO ends (its last tenth); None: never."""
     runs = {}
     for stage in [name for name in ("dvpo", "ppo", *BARE) if os.path.exists(f"out/seeds/{seed}/{name}/done")]:
         with open(f"out/seeds/{seed}/{stage}/metrics.jsonl") as f:
@@ -129,7 +137,8 @@ def report(seeds):
                 command="python data/toy.py && python experiments/seeds.py", seeds=[])
     lines = [
         "# The review world, several seeds", "",
-        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Equal data, seeds of training and sampling.",
+        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Equal data, seeds of "
+        "training and sampling.",
         "",
         "| seed | SFT | DVPO final | best | fall | held-out | KL | PPO final | best | fall | held-out | KL |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|"
@@ -155,16 +164,18 @@ def report(seeds):
 
     data["mean"] = dict(
         sft=mean(lambda r: r["sft"]["gold"]), **{
-            f"{s}_{k}": mean(lambda r: r[s][k])
+            f"{s}_{k}": mean(lambda r, s=s, k=k: r[s][k])
             for s in ("dvpo", "ppo")
             for k in ("final", "best", "fall", "heldout", "kl")
         })
     lines.append("| mean | " + " | ".join(f"{v:.3f}" for v in data["mean"].values()) + " |")
     lines += [
         "",
-        "final: mean over the last tenth of the steps; best: highest mean over such a window; fall: from the best to the lowest in the last third; KL: nats a response to the SFT model.",
+        "final: mean over the last tenth of the steps; best: highest mean over such a window; fall: from "
+        "the best to the lowest in the last third; KL: nats a response to the SFT model.",
         "", "## The global value model on held-out rows", "",
-        "| seed | pairs | mean | P1 | P99 | last | correlation with true Q | rms error | V(s_0) ranks all policies | its correlation | RM accuracy |",
+        "| seed | pairs | mean | P1 | P99 | last | correlation with true Q | rms error | V(s_0) ranks all "
+        "policies | its correlation | RM accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|---|"
     ]
     for r in rows + [
@@ -175,7 +186,8 @@ def report(seeds):
         lines.append(
             f"| {r['seed']} | {g['pairs']} | " + " | ".join(f"{g['accuracy'][k]:.3f}"
                                                             for k in ("mean", "P1", "P99", "last")) +
-            f" | {g['true_q']['correlation']:.3f} | {g['true_q']['rmse']:.3f} | {g['v0_ranks_all_policies']} | {g['v0_correlation']:.3f} | {r['rm_accuracy']:.3f} |"
+            f" | {g['true_q']['correlation']:.3f} | {g['true_q']['rmse']:.3f} | "
+            f"{g['v0_ranks_all_policies']} | {g['v0_correlation']:.3f} | {r['rm_accuracy']:.3f} |"
         )
     tuned = [(s, lr, k) for s in ("dvpo", "ppo_baseline") for lr in LRS for k in KL_COEFS
              if os.path.exists(f"out/seeds/tune/{s}_{lr:g}_{k:g}/done")]
@@ -188,7 +200,8 @@ def report(seeds):
             dict(stage=s, lr=lr, kl_coef=k, **final(f"out/seeds/tune/{s}_{lr:g}_{k:g}")) for s, lr, k in tuned
         ]
         lines += [
-            f"| {t['stage']} | {t['lr']:g} | {t['kl_coef']:g} | {t['final']:.3f} | {t['best']:.3f} | {t['heldout']:.3f} | {t['kl']:.2f} |"
+            f"| {t['stage']} | {t['lr']:g} | {t['kl_coef']:g} | {t['final']:.3f} | {t['best']:.3f} | "
+            f"{t['heldout']:.3f} | {t['kl']:.2f} |"
             for t in data["tuning"]
         ]
     for name in [name for name in BARE if all(name in r for r in rows)]:
@@ -198,7 +211,8 @@ def report(seeds):
             "|---|---|---|---|---|---|---|"
         ]
         lines += [
-            f"| {r['seed']} | {x['final']:.3f} | {x['best']:.3f} | {x['fall']:.3f} | {x['heldout']:.3f} | {x['kl']:.2f} | {x['heldout'] - r['dvpo']['heldout']:+.3f} |"
+            f"| {r['seed']} | {x['final']:.3f} | {x['best']:.3f} | {x['fall']:.3f} | {x['heldout']:.3f} | "
+            f"{x['kl']:.2f} | {x['heldout'] - r['dvpo']['heldout']:+.3f} |"
             for r in rows for x in [r[name]]
         ]
         lines += [
@@ -208,7 +222,8 @@ def report(seeds):
         ]
     lines += [
         "", "## Steps and seconds to PPO's reward", "",
-        "Until the gold reward (mean over five steps) has made so much of the way from where both begin to where PPO ends. Ratio: DVPO to PPO, "
+        "Until the gold reward (mean over five steps) has made so much of the way from where both begin to "
+        "where PPO ends. Ratio: DVPO to PPO, "
         "the mean over seeds that got there and its 95 % interval (Student's t).", "",
         "| share | run | its steps, by seed | PPO's steps | ratio of steps | ratio of seconds |",
         "|---|---|---|---|---|---|"

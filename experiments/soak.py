@@ -3,8 +3,10 @@
     python data/toy.py && python experiments/soak.py                     about half an hour on two cores
     python experiments/soak.py --kills 0 --steps 0 --rank                only one part
 
-1. Every stage runs once undisturbed, then again, killed with SIGKILL at random moments, from the imports to the saving, and resumed until it is through: metrics and
-   weights must come out bit for bit the same.  2. One rank of two is killed: the other must end, and soon.  3. A long DVPO run: memory, files.
+1. Every stage runs once undisturbed, then again, killed with SIGKILL at random moments, from the
+   imports to the saving, and resumed until it is through: metrics and
+   weights must come out bit for bit the same.  2. One rank of two is killed: the other must end, and soon.
+   3. A long DVPO run: memory, files.
 Writes results/soak.json and results/soak.md.
 """
 import argparse
@@ -67,7 +69,7 @@ def kills(n, seed):
         finish(straight, argv)
         whole, lost, done, equal = time.time() - begin, [], 0, []
 
-        def look():
+        def look(straight=straight, again=again, argv=argv, equal=equal):
             """Let it come to its end, compare, and make room for another run."""
             finish(again, [*argv, "--resume"])
             weights = [{
@@ -106,7 +108,8 @@ def kills(n, seed):
 
 
 def one_rank_of_two():
-    """Kill one of two ranks in the middle of a run -> seconds until the other and the launcher are gone, its exit code, the last lines of its log."""
+    """Kill one of two ranks in the middle of a run -> seconds until the other and the launcher are gone, its
+    exit code, the last lines of its log."""
     out = f"{ROOT}/rank"
     process = start(out, [*STAGES["dvpo"][:-1], "100000"],
                     ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
@@ -128,7 +131,8 @@ def one_rank_of_two():
 
 
 def long_run(steps):
-    """-> RSS every two seconds, its slope over the last three quarters, and what lies in the folder at the end."""
+    """-> RSS every two seconds, its slope over the last three quarters, and what lies in the folder at the
+    end."""
     out = f"{ROOT}/long"
     process, seen = start(out, [*STAGES["dvpo"][:-1], str(steps)]), []
     while process.poll() is None:
@@ -139,7 +143,7 @@ def long_run(steps):
             break
     assert process.wait() == 0, out + ".log"
     late = [(s, m) for s, m in seen if steps // 4 <= s < steps]
-    slope = float(np.polyfit(*zip(*late), 1)[0]) * 1024
+    slope = float(np.polyfit(*zip(*late, strict=False), 1)[0]) * 1024
     files = [p for p in glob.glob(f"{out}/**", recursive=True) if os.path.isfile(p)]
     gold = [r["gold"] for r in rows(out)]
     return dict(steps=len(rows(out)), slope_kb_per_step=slope, first_mb=late[0][1], last_mb=late[-1][1],
@@ -156,27 +160,35 @@ def report(data):
     if "kills" in data:
         lines += [
             "",
-            f"## {sum(r['kills'] for r in data['kills'])} kills with SIGKILL at random moments, --save-every 5, ZeRO-1",
+            f"## {sum(r['kills'] for r in data['kills'])} kills with SIGKILL at random moments, "
+            "--save-every 5, ZeRO-1",
             "",
-            "| stage | steps | runs | kills | steps to do again, each kill | metrics and weights equal to an undisturbed run, bit for bit |",
+            "| stage | steps | runs | kills | steps to do again, each kill | metrics and weights equal to "
+            "an undisturbed run, bit for bit |",
             "|---|---|---|---|---|---|"
         ]
         lines += [
-            f"| {r['stage']} | {r['steps']} | {r['runs']} | {r['kills']} | {' '.join(map(str, r['lost']))} | {'yes' if r['equal'] else 'NO'} |"
+            f"| {r['stage']} | {r['steps']} | {r['runs']} | {r['kills']} | {' '.join(map(str, r['lost']))} "
+            f"| {'yes' if r['equal'] else 'NO'} |"
             for r in data["kills"]
         ]
     if "rank" in data:
         r = data["rank"]
         lines += [
             "", "## One rank of two killed", "",
-            f"The launcher ended {r['seconds']} s later with exit code {r['exit_code']}; processes left: {r['left_alive']}. It said: `{' / '.join(r['said'])}`"
+            f"The launcher ended {r['seconds']} s later with exit code {r['exit_code']}; processes left: "
+            f"{r['left_alive']}. It said: `{' / '.join(r['said'])}`"
         ]
     if "long" in data:
         r = data["long"]
         lines += [
             "", f"## {r['steps']:,} steps of dvpo.py, --model tiny", "",
-            f"Resident memory over the last three quarters: {r['first_mb']:.1f} MB to {r['last_mb']:.1f} MB, slope {r['slope_kb_per_step']:.3f} kB a step. On disk {r['files']} files, {r['mb_on_disk']:.1f} MB, of it "
-            f"metrics.jsonl {r['metrics_kb']:.0f} kB; console log {r['log_kb']:.0f} kB. Gold reward: {r['gold_first']:.3f} over the first 50 steps, {r['gold_last']:.3f} over the last 200, lowest mean of 200 steps in a row after "
+            f"Resident memory over the last three quarters: {r['first_mb']:.1f} MB to {r['last_mb']:.1f} "
+            f"MB, slope {r['slope_kb_per_step']:.3f} kB a step. On disk {r['files']} files, "
+            f"{r['mb_on_disk']:.1f} MB, of it "
+            f"metrics.jsonl {r['metrics_kb']:.0f} kB; console log {r['log_kb']:.0f} kB. Gold reward: "
+            f"{r['gold_first']:.3f} over the first 50 steps, {r['gold_last']:.3f} over the last 200, lowest "
+            "mean of 200 steps in a row after "
             f"the first 200: {r['lowest_of_200']:.3f}."
         ]
     with open("results/soak.md", "w") as f:

@@ -1,18 +1,27 @@
-"""Theorem 3.1, looked at: do a reward model and a GVM from the same rows give the policy the same gradient, and is the reward to be had back from Q?
+"""Theorem 3.1, looked at: do a reward model and a GVM from the same rows give the policy the same gradient,
+and is the reward to be had back from Q?
 
-    python data/toy.py && python experiments/seeds.py && python experiments/theorem.py        about half an hour more on two cores
+    python data/toy.py && python experiments/seeds.py && python experiments/theorem.py
+        about half an hour more on two cores
 
-For n of the offline rows a GVM and, on pairs out of the same n rows, a reward model are trained, equally many steps on 64 rows or pairs: nine passes over the rows.
+For n of the offline rows a GVM and, on pairs out of the same n rows, a reward model are trained, equally many
+steps on 64 rows or pairs: nine passes over the rows.
 Both, and the gold reward, then give a policy gradient of the SFT
 model on the same rollouts: sum over tokens of A_t grad log pi(a_t | s_t), with
 
-    gold, reward model    A_t = r(x, y) - its mean over the other rollouts of that prompt       REINFORCE with a leave-one-out baseline
-    GVM, Q                A_t = Q_t - its mean over all tokens                                  the paper's advantage, eq. (2)
-    GVM, delta            A_t = Q_t - Q_{t-1}                                                   the default of dvpo.py, there less its mean
+    gold, reward model    A_t = r(x, y) - its mean over the other rollouts of that prompt       REINFORCE with
+    a leave-one-out baseline
+    GVM, Q                A_t = Q_t - its mean over all tokens                                  the paper's
+    advantage, eq. (2)
+    GVM, delta            A_t = Q_t - Q_{t-1}                                                   the default of
+    dvpo.py, there less its mean
 
-The cosine between two such vectors is the measure. Rollouts are finite, so a signal does not even agree with itself: "two halves" is the cosine of its gradients on
-two halves of the rollouts, and h there predicts 2 h / (1 + h) for two sets of the whole size. Signals compared here share the rollouts, and so part of their noise.
-The second table reads the reward back, r_t = Q_t - Q_{t+1} (gamma 1), on held-out rows whose policies are known. Writes results/theorem.json and .md.
+The cosine between two such vectors is the measure. Rollouts are finite, so a signal does not even agree with
+itself: "two halves" is the cosine of its gradients on
+two halves of the rollouts, and h there predicts 2 h / (1 + h) for two sets of the whole size. Signals
+compared here share the rollouts, and so part of their noise.
+The second table reads the reward back, r_t = Q_t - Q_{t+1} (gamma 1), on held-out rows whose policies are
+known. Writes results/theorem.json and .md.
 """
 import argparse
 import concurrent.futures
@@ -39,7 +48,8 @@ SIZES = (1000, 3000, 10000, 30000)
 def train(seed):
     """out/theorem/SEED/N/{gvm,rm} for every n of SIZES."""
     base = f"out/seeds/{seed}"
-    rows = [r for path in ("data/toy/gvm.jsonl", f"{base}/labelled.jsonl") for r in common.read_rows(path, [])]
+    files = "data/toy/gvm.jsonl", f"{base}/labelled.jsonl"
+    rows = [row for path in files for row in common.read_rows(path, [])]
     np.random.default_rng(seed).shuffle(rows)
     for n in SIZES:
         root = f"out/theorem/{seed}/{n}"
@@ -78,7 +88,8 @@ def gradients(seed, args):
         "cpu")
     responses, T = common.unpad(ids, mask), mask.shape[1]
     gold = torch.tensor(
-        [toy.gold_reward(t, tok.decode(r, skip_special_tokens=True)) for t, r in zip(texts, responses)])
+        [toy.gold_reward(t, tok.decode(r, skip_special_tokens=True))
+         for t, r in zip(texts, responses, strict=True)])
 
     def leave_one_out(r):
         r = r.view(-1, per_prompt).double()
@@ -132,7 +143,8 @@ def gradients(seed, args):
 
 
 def read_back(seed, n):
-    """r_t = Q_t - Q_{t+1}, on held-out rows: at the last token Q itself, which should be the reward; before it nothing, on average."""
+    """r_t = Q_t - Q_{t+1}, on held-out rows: at the last token Q itself, which should be the reward; before
+    it nothing, on average."""
     folder, data = f"out/seeds/{seed}/sft/model", train_gvm.Labelled(["data/toy/gvm_heldout.jsonl"])
     tok, trunk = common.load_tokenizer(folder), common.load_model(folder, trainable=False).eval()
     meta = common.load_adapter(trunk, tok, f"out/theorem/{seed}/{n}/gvm/model", "")
@@ -152,15 +164,20 @@ def read_back(seed, n):
 def report(args, cosines, back):
     lines = [
         "# Theorem 3.1 on the review world", "",
-        f"Command: `python experiments/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest to largest). {args.rollouts:,} rollouts of the SFT model a seed; nine passes over the rows. "
-        f"Machine: {os.cpu_count()} cores, {platform.machine()}. experiments/theorem.py says what is compared.", "",
-        "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows | two halves of the rollouts |",
+        f"Command: `python experiments/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest "
+        f"to largest). {args.rollouts:,} rollouts of the SFT model a seed; nine passes over the rows. "
+        f"Machine: {os.cpu_count()} cores, {platform.machine()}. experiments/theorem.py says what is "
+        "compared.", "",
+        "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows "
+        "| two halves of the rollouts |",
         "|---|---|---|---|---|"
     ]
 
     def spread(rows, key):
-        return "" if rows[0][
-            key] is None else f"{np.mean([r[key] for r in rows]):.3f} ({min(r[key] for r in rows):.3f} to {max(r[key] for r in rows):.3f})"
+        values = [r[key] for r in rows]
+        if values[0] is None:
+            return ""
+        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
     for n, signal in dict.fromkeys((r["n"], r["signal"]) for r in cosines):
         rows = [r for r in cosines if (r["n"], r["signal"]) == (n, signal)]
@@ -168,7 +185,8 @@ def report(args, cosines, back):
                      " | ".join(spread(rows, k) for k in ("gold", "reward_model", "halves")) + " |")
     lines += [
         "",
-        "The reward read back from Q on the held-out rows, r_t = Q_t - Q_{t+1}: at the last token (Q itself, against the gold reward), and before it, where the true reward is 0.",
+        "The reward read back from Q on the held-out rows, r_t = Q_t - Q_{t+1}: at the last token (Q "
+        "itself, against the gold reward), and before it, where the true reward is 0.",
         "", "| rows | last token: correlation | rms error | before: mean | sd |", "|---|---|---|---|---|"
     ]
     for n in SIZES:
@@ -179,7 +197,8 @@ def report(args, cosines, back):
     lines += ["", f"The gold reward of those rows has sd {back[0]['reward_sd']:.3f}."]
     common.write_json(
         "results/theorem.json",
-        dict(command="python experiments/theorem.py", seeds=args.seeds, rollouts=args.rollouts, gradients=cosines,
+        dict(command="python experiments/theorem.py", seeds=args.seeds, rollouts=args.rollouts,
+             gradients=cosines,
              read_back=back))
     with open("results/theorem.md", "w") as f:
         f.write("\n".join(lines) + "\n")

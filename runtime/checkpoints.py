@@ -17,32 +17,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.processes import CUDA, all_max, barrier, die, finish, gathered, rank, world, write_json
-
-
-@contextlib.contextmanager
-def new_folder(path):
-    """A folder for all ranks to write in, which replaces `path` only once it is complete."""
-    tmp, old = path + ".tmp", path + ".old"
-    try:
-        if rank() == 0:
-            for leftover in (tmp, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            os.makedirs(tmp)
-        barrier()
-        yield tmp
-        barrier()
-        if rank() == 0:
-            if os.path.exists(path):
-                os.rename(path, old)
-            os.rename(tmp, path)
-            shutil.rmtree(old, ignore_errors=True)
-        barrier()
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, RuntimeError) and "inline_container" not in str(e):        # torch.save's error
-            raise
-        shutil.rmtree(tmp, ignore_errors=True)
-        die(f"{path} cannot be written ({str(e)[:150]!r}); make room, then --resume", code=1, all_ranks=True)
+from runtime.processes import (
+    CUDA,
+    all_max,
+    barrier,
+    die,
+    finish,
+    gathered,
+    new_folder,
+    rank,
+    world,
+    write_json,
+)
 
 
 def must_be_finite(model, what):

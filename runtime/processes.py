@@ -1,17 +1,19 @@
 """Processes: one or many, started by plain python, torchrun or deepspeed, on CPUs and on GPUs.
 
-Holds how a run starts, how it ends (well, or with an error in one line), and what is summed over ranks.
+Holds how a run starts, how it ends (well, or with an error in one line), sums over ranks, and whole files.
 Open this file when a launch hangs or fails, or when you need one more collective operation.
 """
 import atexit
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
@@ -119,3 +121,28 @@ def write_json(path, value):
         with open(path + ".tmp", "w") as f:
             json.dump(value, f, indent=1)
         os.replace(path + ".tmp", path)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder for all ranks to write in, which replaces `path` only once it is complete."""
+    tmp, old = path + ".tmp", path + ".old"
+    try:
+        if rank() == 0:
+            for leftover in (tmp, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            os.makedirs(tmp)
+        barrier()
+        yield tmp
+        barrier()
+        if rank() == 0:
+            if os.path.exists(path):
+                os.rename(path, old)
+            os.rename(tmp, path)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier()
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):        # torch.save's error
+            raise
+        shutil.rmtree(tmp, ignore_errors=True)
+        die(f"{path} cannot be written ({str(e)[:150]!r}); make room, then --resume", code=1, all_ranks=True)

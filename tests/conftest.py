@@ -16,6 +16,8 @@ def pytest_configure(config):
     config.test_folder = helpers.SHARED     # the workers inherit it
     if not WORKER and getattr(config.option, "numprocesses", None):
         helpers.world()
+        for name in helpers.common.LAUNCHER_VARIABLES:      # each worker is a world of its own
+            os.environ.pop(name, None)
 
 
 def pytest_unconfigure(config):

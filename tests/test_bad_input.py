@@ -140,11 +140,12 @@ def test_broken_flags(broken_folders, flags, word):
     refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL, "--out", path("x"), *flags]), word)
 
 
-MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/toy.py"), (path(), "no such")]
+MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/toy.py"), ("TMP", "no such")]
 
 
 @pytest.mark.parametrize(("name", "word"), MISSING)
 def test_missing_data(name, word):
+    name = name.replace("TMP", path())
     refused(lambda: sft.main(["--data", name, "--out", path("x")]), "error: ", word)
 
 

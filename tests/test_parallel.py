@@ -25,7 +25,7 @@ import ppo_baseline
 import train_gvm
 
 
-@pytest.mark.parametrize(("zero", "names"), [("1", ("gvm", "dvpo")), ("3", ("gvm", "ppo"))])
+@pytest.mark.parametrize(("zero", "names"), [("1", ("gvm", "dvpo")), ("3", ("ppo",))])
 def test_resume_on_two_ranks(zero, names):
     """Stages that train an adapter, a model, and two models."""
     world()

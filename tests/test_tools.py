@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import io
 import json
@@ -68,29 +69,44 @@ def test_label_with_a_reward_model():
             "not a reward model")  # it would score with a random head
 
 
-def test_bench():
-    """The benchmark drives both stages, in turns, and the tiny rollout says what generate says."""
+def bench_main(*argv):
+    """tools/bench.py in a folder of its own -> what it wrote."""
     from tools import bench
 
-    os.makedirs(path("bench")), os.chdir(path("bench"))
+    os.makedirs(path("bench"), exist_ok=True)
+    size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1")
+    os.chdir(path("bench"))
     try:
-        size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1",
-                "--to", path("bench/b.json"))
         with contextlib.redirect_stdout(io.StringIO()):
-            bench.main([*size, "--methods", "ppo", "lora"
-                        ]), bench.main([*size, "--decode"
-                                        ]), bench.main([*size, "--methods", "dvpo", "--lengths", "mixed"])
-            bench.main([*size, "--attention", "--shape", "llama3-3b"])
+            bench.main([*size, "--to", path("bench/b.json"), *argv])
     finally:
         os.chdir(HERE)
-    data = json.load(open(path("bench/b.json")))
-    part, shorter = data["steps"].values()
-    assert all(part["measured"][m]["tokens"] == 32 and part["predicted"][m]["step"] > 0
-               for m in ("ppo", "lora"))
-    assert shorter["measured"]["dvpo"]["tokens"] == bench.mixed(1, 4, 8).sum() < 32
-    assert data["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
-    assert all(way["off"] < 1e-5 for way in data["attention"]["shapes"]["llama3-3b"]["ways"].values())
-    assert "| lora |" in open(path("bench/b.md")).read()
+    with open(path("bench/b.json")) as f:
+        return json.load(f)
+
+
+def test_bench_steps():
+    """The benchmark drives both stages, in turns; answers end early where it says so."""
+    from tools import bench
+
+    part, = bench_main("--methods", "ppo", "lora", "--lengths", "mixed")["steps"].values()
+    for method in "ppo", "lora":
+        assert part["measured"][method]["tokens"] == bench.mixed(1, 4, 8).sum() < 32
+        sizes = dict(shape="tiny", batch_size=4, prompt=16, new=8)
+        args = argparse.Namespace(**sizes, mini_batch_size=2, grad_accum=2, ppo_epochs=4)
+        assert bench.predict(args, method, part["rate"])["step"] > 0
+    with open(path("bench/b.md")) as f:
+        assert "| lora |" in f.read()
+
+
+def test_bench_decode():
+    """The tiny rollout says what generate says."""
+    assert bench_main("--decode")["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
+
+
+def test_bench_attention():
+    ways = bench_main("--attention", "--shape", "llama3-3b")["attention"]["shapes"]["llama3-3b"]["ways"]
+    assert all(way["off"] < 1e-5 for way in ways.values())
 
 
 def test_sample():

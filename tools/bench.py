@@ -1,17 +1,23 @@
-"""What a step of DVPO and of PPO costs, in seconds and bytes, with random weights: neither depends on what the weights are.
+"""What a step of DVPO and of PPO costs, in seconds and bytes, with random weights: neither depends on what
+the weights are.
 
-    python tools/bench.py                                     124M on a CPU: PPO, DVPO and DVPO --lora, taking turns step by step
-    python tools/bench.py --lengths mixed                     answers that end where real ones do, not all at the last token
-    python tools/bench.py --decode                            the rollout against transformers' generate, at tiny and at --shape
-    python tools/bench.py --attention --shape llama3-3b        one token's attention where several query heads share keys and values
-    python tools/bench.py --growth                            seconds and bytes against rows, new tokens and parameters
+    python tools/bench.py   124M on a CPU: PPO, DVPO and DVPO --lora, taking turns step by step
+    python tools/bench.py --lengths mixed   answers that end where real ones do, not all at the last token
+    python tools/bench.py --decode   the rollout against transformers' generate, at tiny and at --shape
+    python tools/bench.py --attention --shape llama3-3b
+        one token's attention where several query heads share keys and values
+    python tools/bench.py --growth   seconds and bytes against rows, new tokens and parameters
     python tools/bench.py --shape llama3-3b --prompt 256 --new 1024 --methods dvpo     on a GPU
-    python tools/bench.py --plan --prompt 256 --new 1024       what the formulas say of 3B and 8B models; runs nothing
+    python tools/bench.py --plan --prompt 256 --new 1024
+        what the formulas say of 3B and 8B models; runs nothing
     python tools/bench.py --world 2                           each method under torchrun
 
-The stages run as they are, each in a process of its own, all in memory at once; each does a step when it is its turn, and its first step is
-dropped. Medians over --rounds. `predict` counts operations and bytes, and divides by what this machine is measured to do with a bare matrix
-product and a bare copy. Everything goes to results/bench_DEVICE.json, then to a table in .md; a new run replaces its own part alone.
+The stages run as they are, each in a process of its own, all in memory at once; each does a step when it is
+its turn, and its first step is
+dropped. Medians over --rounds. `predict` counts operations and bytes, and divides by what this machine is
+measured to do with a bare matrix
+product and a bare copy. Everything goes to results/bench_DEVICE.json, then to a table in .md; a new run
+replaces its own part alone.
 """
 import argparse
 import contextlib
@@ -25,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -35,6 +42,7 @@ import torch
 import common
 import dvpo
 import ppo_baseline
+import runtime.memory
 
 
 def gpt2(vocab, width, layers, heads):
@@ -63,7 +71,8 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
 def make(shape, prompt):
-    """out/bench/SHAPE: a random model, its tokenizer, a GVM and a reward model on it, prompts of `prompt` tokens. -> the folder"""
+    """out/bench/SHAPE: a random model, its tokenizer, a GVM and a reward model on it, prompts of `prompt`
+    tokens. -> the folder"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -93,36 +102,38 @@ def make(shape, prompt):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # One stage in its own process, which waits for its turn after every step
 
 
 def mixed(turn, rows, new):
-    """Answer lengths of rollout number `turn`, spread like those of real chat models (AlpacaEval: log-normal, sigma 1.09; the median is put at a fifth of the room): (rows,)."""
+    """Answer lengths of rollout number `turn`, spread like those of real chat models (AlpacaEval: log-normal,
+    sigma 1.09; the median is put at a fifth of the room): (rows,)."""
     drawn = np.random.default_rng(turn).lognormal(math.log(new / 5), 1.09, rows)
     return torch.from_numpy(drawn.round().clip(1, new)).long()
 
 
 def child(method, folder, lengths, argv):
-    """Runs a stage. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the optimizer; FOLDER/METHOD.turn says how many it may do."""
+    """Runs a stage. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the
+    optimizer; FOLDER/METHOD.turn says how many it may do."""
     stage, spent, begin = METHODS[method][0], dict(optimizer=0.0), [time.perf_counter()]
-    step, log, join, turns = common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.append_responses, itertools.count(
-    )
+    engine, turns = common.deepspeed.DeepSpeedEngine, itertools.count()
+    step, log, append_responses = engine.step, common.Metrics.log, common.append_responses
 
-    def join_shorter(ids, attn, response, mask, pad):
+    def append_shorter(ids, attn, response, mask, pad):
         ends = mixed(next(turns) * common.world() + common.rank(), *mask.shape).to(mask.device)
-        return join(ids, attn, response,
-                    mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None]), pad)
+        mask = mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None])
+        return append_responses(ids, attn, response, mask, pad)
 
-    def timed_step(engine, *a, **k):
+    def timed_step(self, *a, **k):
         common.Clock.wait()
         start = time.perf_counter()
-        step(engine, *a, **k)
+        step(self, *a, **k)
         common.Clock.wait()
         spent["optimizer"] += time.perf_counter() - start
 
-    def log_and_wait(self, number, *batch, **metrics):
-        row = log(self, number, *batch, **metrics)
+    def log_and_wait(self, number, **metrics):
+        row = log(self, number, **metrics)
         if common.rank() == 0:
             row |= dict(sec_step=time.perf_counter() - begin[0], sec_optimizer=spent["optimizer"])
             row["peak_reserved"] = torch.cuda.max_memory_reserved() if CUDA else row["peak_bytes"]
@@ -134,7 +145,9 @@ def child(method, folder, lengths, argv):
         spent["optimizer"], begin[0] = 0.0, time.perf_counter()
         return row
 
-    common.deepspeed.DeepSpeedEngine.step, common.Metrics.log, common.append_responses = timed_step, log_and_wait, join_shorter if lengths == "mixed" else join
+    engine.step, common.Metrics.log = timed_step, log_and_wait
+    if lengths == "mixed":
+        common.append_responses = append_shorter
     stage.main(argv)
 
 
@@ -222,12 +235,14 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # What it should cost
 
 
 def machine(shape, rows):
-    """Operations a second in a matrix product of the shape's own sizes, of 1,024 rows, and of `rows` rows through as many matrices as the model has weights (decoding); bytes a second in a copy. The best of several."""
+    """Operations a second in a matrix product of the shape's own sizes, of 1,024 rows, and of `rows` rows
+    through as many matrices as the model has weights (decoding); bytes a second in a copy. The best of
+    several."""
     device, config = "cuda" if CUDA else "cpu", SHAPES[shape]
     D = config.get("n_embd") or config["hidden_size"]
     x, w = torch.randn(1024, D, device=device, dtype=DTYPE), torch.randn(D, 4 * D, device=device, dtype=DTYPE)
@@ -275,8 +290,10 @@ def bytes_a_token(shape, rows, context):
 def predict(a, method, rate, shape=None, rows=None, new=None):
     """Seconds by phase of one step, from counted operations and bytes alone.
 
-    n tokens forward through the blocks: 2 n (weights) + attention over half the length; through the head: 2 n V D. Backward: twice that; once
-    where the weights are frozen. Decoding reads all weights, and the cache, once per token, or computes `rows` rows, whichever takes longer.
+    n tokens forward through the blocks: 2 n (weights) + attention over half the length; through the head: 2 n
+    V D. Backward: twice that; once
+    where the weights are frozen. Decoding reads all weights, and the cache, once per token, or computes
+    `rows` rows, whichever takes longer.
     """
     shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
     blocks, vocabulary, total, config = weights(shape)
@@ -318,7 +335,7 @@ def decode(a, shape):
     device = next(model.parameters()).device
     prompts = [
         common.encode_prompt(tok, r["prompt"])[-a.prompt:]
-        for r, _ in zip(common.read_rows(f"{world}/prompts_{a.prompt}.jsonl", []), range(a.batch_size))
+        for r in common.read_rows(f"{world}/prompts_{a.prompt}.jsonl", [])[:a.batch_size]
     ]
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)
     args = argparse.Namespace(max_new_tokens=a.new, temperature=1.0, static_cache=False)
@@ -335,7 +352,7 @@ def decode(a, shape):
     }
     seconds = {k: [] for k in runs}
     with torch.no_grad():
-        for n in range(a.rounds + 1):
+        for _ in range(a.rounds + 1):
             for name, f in runs.items():
                 common.Clock.wait()
                 begin = time.perf_counter()
@@ -357,13 +374,17 @@ def decode(a, shape):
 
 @torch.no_grad()
 def attention(a):
-    """One token's attention where n query heads share K and V, over the cache at its longest: seconds and bytes a layer, by how it is said.
+    """One token's attention where n query heads share K and V, over the cache at its longest: seconds and
+    bytes a layer, by how it is said.
 
-    All four compute the same. Decoding left-padded rows, or in a static cache, has a mask; and there torch has no fast kernel for shared heads. Every
-    layer has a cache of its own, so that none is found in a processor's cache; timed from the first to the last.
+    All four compute the same. Decoding left-padded rows, or in a static cache, has a mask; and there torch
+    has no fast kernel for shared heads. Every
+    layer has a cache of its own, so that none is found in a processor's cache; timed from the first to the
+    last.
     """
     _, _, _, config = weights(a.shape)
-    B, H, KV, L, device = a.batch_size, config.num_attention_heads, config.num_key_value_heads, a.prompt + a.new, "cuda" if CUDA else "cpu"
+    B, H, KV = a.batch_size, config.num_attention_heads, config.num_key_value_heads
+    L, device = a.prompt + a.new, "cuda" if CUDA else "cpu"
     q, *layers = (torch.randn(*shape, config.hidden_size // H, device=device, dtype=DTYPE)
                   for shape in [(B, H, 1)] + config.num_hidden_layers * [(2, B, KV, L)])
     mask, sdpa = torch.ones(B, 1, 1, L, dtype=torch.bool,
@@ -395,79 +416,83 @@ def attention(a):
                 floor=layers[0].nbytes / machine(a.shape, B)["bandwidth"])
 
 
+class Sizes(common.LM):
+    """An LM without weights, for its sizes alone: nothing to hash."""
+
+    def __init__(self, shape, layers, device):
+        torch.nn.Module.__init__(self)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(**dict(SHAPES[shape], num_hidden_layers=layers))
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.lm, self.heads, self.adapters = lm.to_empty(device=device), torch.nn.ModuleDict(), {}
+
+
+def bytes_per_token(shape, lora, checkpointed):
+    """What common.bytes_per_token would measure at full depth, from models of one layer and of two."""
+    layers, seen = SHAPES[shape]["num_hidden_layers"], []
+    for depth in (1, 2):
+        model = Sizes(shape, depth, "cpu")
+        if lora:
+            model.requires_grad_(False)
+            model.add_adapter("policy", 8, 32)
+        if checkpointed:
+            model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        seen.append(runtime.memory.bytes_per_token(model))
+    one, two = seen
+    return {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
+
+
+def plan(shape, method, ranks, zero, checkpointed, sizes, prompt, new):
+    """What memory_plan says on each of `ranks` GPUs."""
+    layers = SHAPES[shape]["num_hidden_layers"]
+    names = dict(ppo=("policy", "critic", "frozen"), dvpo=("policy", "frozen"), lora=("policy", ))[method]
+    models = {name: Sizes(shape, layers, "meta") for name in names}
+    if method == "lora":
+        models["policy"].requires_grad_(False)
+        with torch.device("meta"):
+            models["policy"].add_adapter("policy", 8, 32)
+    else:
+        models["frozen"].requires_grad_(False)
+    args = argparse.Namespace(zero=zero, offload=False, out="out/bench/plan")
+    stand_ins = dict(world=lambda: ranks, all_max=lambda n: 0, bytes_per_token=lambda model: sizes)
+    with mock.patch.multiple("runtime.memory", **stand_ins), contextlib.redirect_stdout(io.StringIO()):
+        common.memory_plan(models, args, 2, prompt + new, new, (8, prompt + new))
+    with open("out/bench/plan/memory.json") as f:
+        return json.load(f)
+
+
 def plans(prompt, new):
-    """What the stages would plan for the paper's batch, in bf16, without having the models: [{shape, method, ranks, zero, gradient_checkpointing, total bytes a rank}].
-
-    Sizes come from models without weights; what a token keeps comes from models of one and of two layers, which give what a layer adds.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    found, real = [], (common.probe, common.world, common.fingerprint, common.all_max)
-    for shape in ("llama3-3b", "llama3-8b"):
-        config = AutoConfig.for_model(**SHAPES[shape])
-
-        def lm(layers):
-            with torch.device("meta"):
-                return common.LM(
-                    AutoModelForCausalLM.from_config(
-                        AutoConfig.for_model(**dict(SHAPES[shape], num_hidden_layers=layers)),
-                        dtype=torch.bfloat16))
-
-        def kept(lora, checkpointed):
-            """probe() of the whole depth."""
-            seen = []
-            for layers in (1, 2):
-                small = lm(layers).to_empty(device="cpu")  # whatever the numbers are, the bytes are the same
-                if lora:
-                    small.requires_grad_(False)
-                    small.add_adapter("policy", 8, 32)
-                if checkpointed:
-                    small.checkpoint_blocks()
-                seen.append(real[0](small))
-            return {
-                k: seen[0][k] + (config.num_hidden_layers - 1) * (seen[1][k] - seen[0][k])
-                for k in seen[0]
-            }
-
-        try:
-            common.fingerprint, common.all_max = lambda lm: "", lambda n: 0  # nothing to hash; no other ranks to ask, and no refusal
-            for method in METHODS:
-                frozen = lm(config.num_hidden_layers).requires_grad_(False)
-                models = {
-                    "policy": lm(config.num_hidden_layers), "critic": lm(config.num_hidden_layers),
-                    "frozen": frozen
-                } if method == "ppo" else {"policy": lm(config.num_hidden_layers), "frozen": frozen
-                                           } if method == "dvpo" else {"all": frozen}
-                if method == "lora":
-                    with torch.device("meta"):
-                        frozen.add_adapter("policy", 8, 32)
-                for checkpointed in (False, True):
-                    sizes = kept(method == "lora", checkpointed)
-                    common.probe = lambda model: sizes
-                    for ranks, zero in ((1, 1), (8, 1), (8, 3)):
-                        common.world = lambda: ranks
-                        args = argparse.Namespace(zero=zero, offload=False,
-                                                  gradient_checkpointing=checkpointed, out="out/bench/plan",
-                                                  lora=method == "lora", mini_batch_size=2)
-                        with contextlib.redirect_stdout(io.StringIO()):
-                            common.memory_plan(models, args, 2, prompt + new, new, decode=(8, prompt + new))
-                        with open("out/bench/plan/memory.json") as f:
-                            plan = json.load(f)
-                        found.append(
-                            dict(
-                                shape=shape, method=method, ranks=ranks, zero=zero,
-                                gradient_checkpointing=checkpointed,
-                                total=sum(v for k, v in plan["plan"].items()
-                                          if k not in ("python and libraries",
-                                                       "whole models at the start, before they are sharded")),
-                                plan=plan["plan"]))
-        finally:
-            common.probe, common.world, common.fingerprint, common.all_max = real
+    """What the stages would plan for the paper's batch in bf16 -> [{shape, method, ranks, zero,
+    gradient_checkpointing, total bytes per rank, plan}]. No model is made."""
+    found = []
+    for shape, method, checkpointed in itertools.product(("llama3-3b", "llama3-8b"), METHODS, (False, True)):
+        sizes = bytes_per_token(shape, method == "lora", checkpointed)
+        for ranks, zero in ((1, 1), (8, 1), (8, 3)):
+            memory = plan(shape, method, ranks, zero, checkpointed, sizes, prompt, new)
+            found.append(dict(shape=shape, method=method, ranks=ranks, zero=zero, total=memory["total"],
+                              gradient_checkpointing=checkpointed, plan=memory["plan"]))
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Report
+
+
+def spread(rounds, others):
+    ratios = [x / y for x, y in zip(rounds, others, strict=True)]
+    return f"{min(ratios):.3f} to {max(ratios):.3f}"
+
+
+def plan_rows(plans):
+    """One row per shape, ranks, ZeRO stage and gradient checkpointing; one column per method, in GB."""
+    rows = {}
+    for p in plans:
+        checkpointed = "yes" if p["gradient_checkpointing"] else "no"
+        key = p["shape"], str(p["ranks"]), str(p["zero"]), checkpointed
+        rows.setdefault(key, {})[p["method"]] = f"{p['total'] / 2**30:.1f}"
+    return [(*key, *(cells[method] for method in METHODS)) for key, cells in rows.items()]
 
 
 def table(head, rows):
@@ -486,8 +511,10 @@ def report(data, path):
         got, want = part["measured"], part["predicted"]
         out += [
             "", f"## {shape}: PPO and DVPO in turns", "",
-            f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product {part['rate']['operations'] / 1e9:,.0f} G operations/s, "
-            f"of {part['rows']} rows {part['rate']['decode'] / 1e9:,.0f} G; bare copy {part['rate']['bandwidth'] / 1e9:,.1f} GB/s."
+            f"`{part['command']}`, {len(next(iter(got.values()))['rounds'])} rounds. Bare product "
+            f"{part['rate']['operations'] / 1e9:,.0f} G operations/s, "
+            f"of {part['rows']} rows {part['rate']['decode'] / 1e9:,.0f} G; bare copy "
+            f"{part['rate']['bandwidth'] / 1e9:,.1f} GB/s."
         ]
         out += table(
             ("", "generate s", "score s", "train s", "of it optimizer s", "step s", "tokens/s", "floor s",
@@ -507,8 +534,8 @@ def report(data, path):
                   *((f"{want[m]['step'] / want[base]['step']:.3f}",
                      f"{r['sec_step'] / got[base]['sec_step'] / (want[m]['step'] / want[base]['step']):.3f}")
                     if base in want else
-                    ("", "")), " to ".join(f"{f(x / y for x, y in zip(r['rounds'], got[base]['rounds'])):.3f}"
-                                           for f in (min, max)), f"{r['peak'] / got[base]['peak']:.3f}")
+                    ("", "")), spread(r["rounds"], got[base]["rounds"]),
+                  f"{r['peak'] / got[base]['peak']:.3f}")
                  for m, r in got.items() if m not in (base, "trl")])
         out += [
             "What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}"
@@ -539,15 +566,12 @@ def report(data, path):
     if "plans" in data:
         out += [
             "", "## Planned for real models, not measured", "",
-            f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch 8, mini-batch 2; what is only held while models load left out."
+            f"`{data['plans']['command']}`: GB a GPU in bf16 by the formulas of common.memory_plan, batch "
+            "8, mini-batch 2."
         ]
         out += table((
             "shape", "ranks", "ZeRO", "gradient checkpointing", *METHODS
-        ), [(shape, str(ranks), str(zero), "yes" if c else "no", *(
-            f"{next(p['total'] for p in data['plans']['plans'] if (p['shape'], p['ranks'], p['zero'], p['gradient_checkpointing'], p['method']) == (shape, ranks, zero, c, m)) / 2**30:.1f}"
-            for m in METHODS)) for shape, ranks, zero, c in dict.fromkeys(
-                (p["shape"], p["ranks"], p["zero"], p["gradient_checkpointing"])
-                for p in data["plans"]["plans"])])
+        ), plan_rows(data["plans"]["plans"]))
     if "growth" in data:
         out += [
             "", "## How cost grows", "",
@@ -582,13 +606,15 @@ def main(argv=None):
     p.add_argument("--ppo-epochs", type=int, default=4, help="(paper, default: %(default)s)")
     p.add_argument(
         "--lengths", choices=("full", "mixed"), default="full",
-        help="mixed: answers end early, spread like real ones; no floor is counted then (default: %(default)s)"
+        help="mixed: answers end early, spread like real ones; no floor is counted then (default: "
+             "%(default)s)"
     )
     p.add_argument("--zero", type=int, default=int(CUDA), help="(default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5,
                    help="steps of each method that count (default: %(default)s)")
     p.add_argument(
-        "--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too (experiments/bench_trl.py)")
+        "--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too "
+                      "(experiments/bench_trl.py)")
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
     p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
     p.add_argument("--attention", action="store_true",
@@ -616,7 +642,8 @@ def main(argv=None):
     elif a.attention:
         if SHAPES[a.shape]["model_type"] != "llama":
             common.die(
-                f"--attention: each query head of {a.shape} has keys of its own; take --shape llama3-3b or llama3-8b"
+                f"--attention: each query head of {a.shape} has keys of its own; take --shape llama3-3b or "
+                "llama3-8b"
             )
         data["attention"] = dict(command=words, shapes={a.shape: attention(a)})
     elif a.plan:

@@ -1,14 +1,23 @@
-"""Win rate of one file of answers over another (figure 2 of the paper), both in AlpacaEval's format as tools/sample.py writes it.
+"""Win rate of one file of answers over another (figure 2 of the paper), both in AlpacaEval's format as
+tools/sample.py writes it.
 
-    python tools/judge.py A.json B.json                                   a judge model behind an OpenAI-compatible API, with the paper's prompt
-    python tools/judge.py A.json B.json --pairwise --both-orders          both answers in one message, in either order
-    python tools/judge.py A.json B.json --reward data/toy.py:gold_reward  a function(prompt, response) -> float
-    python tools/judge.py A.json B.json --rm out/tiny/rm/model --init-from out/tiny/sft/model     a reward model of ppo_baseline.py
+    python tools/judge.py A.json B.json
+        a judge model behind an OpenAI-compatible API, with the paper's prompt
+    python tools/judge.py A.json B.json --pairwise --both-orders
+        both answers in one message, in either order
+    python tools/judge.py A.json B.json --reward data/toy.py:gold_reward
+        a function(prompt, response) -> float
+    python tools/judge.py A.json B.json --rm out/tiny/rm/model --init-from out/tiny/sft/model
+        a reward model of ppo_baseline.py
 
-The API's key is read from OPENAI_API_KEY, its address from OPENAI_BASE_URL. The paper's prompt (appendix D) gives every answer a score of its own, 0 to 5;
-the answer with the higher score wins, equal scores are a tie, and a tie is half a win. Which of the two is asked first is drawn anew for each question, as
-in the paper; as the judge sees one answer at a time, this can matter only with --pairwise. Every verdict of the API is appended to --to as it
-comes: the same command again goes on where the last one ended and pays for no verdict twice. --pairwise is not in the paper.
+The API's key is read from OPENAI_API_KEY, its address from OPENAI_BASE_URL. The paper's prompt (appendix D)
+gives every answer a score of its own, 0 to 5;
+the answer with the higher score wins, equal scores are a tie, and a tie is half a win. Which of the two is
+asked first is drawn anew for each question, as
+in the paper; as the judge sees one answer at a time, this can matter only with --pairwise. Every verdict of
+the API is appended to --to as it
+comes: the same command again goes on where the last one ended and pays for no verdict twice. --pairwise is
+not in the paper.
 """
 import argparse
 import concurrent.futures
@@ -26,27 +35,40 @@ import urllib.request
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-from tqdm import tqdm
 
 import common
 
 # Appendix D of arXiv 2502.16944 v1, with its line breaks and doubled blanks mended.
-SYSTEM = """Review the user's question and the corresponding response using the additive 5-point scoring system described below. Points are accumulated based on the satisfaction of each criterion:
+SYSTEM = """Review the user's question and the corresponding response using the additive 5-point scoring
+system described below. Points are accumulated based on the satisfaction of each criterion:
 
-- Add 1 point if the response is relevant and provides some information related to the user's inquiry, even if it is incomplete or contains some irrelevant content.
+- Add 1 point if the response is relevant and provides some information related to the user's inquiry, even if
+it is incomplete or contains some irrelevant content.
 
-- Add another point if the response addresses a substantial portion of the user's question, but does not completely resolve the query or provide a direct answer.
+- Add another point if the response addresses a substantial portion of the user's question, but does not
+completely resolve the query or provide a direct answer.
 
-- Award a third point if the response answers the basic elements of the user's question in a useful way, regardless of whether it seems to have been written by an AI Assistant or if it has elements typically found in blogs or search results.
+- Award a third point if the response answers the basic elements of the user's question in a useful way,
+regardless of whether it seems to have been written by an AI Assistant or if it has elements typically found
+in blogs or search results.
 
-- Grant a fourth point if the response is clearly written from an AI Assistant's perspective, addressing the user's question directly and comprehensively, and is well-organized and helpful, even if there is slight room for improvement in clarity, conciseness or focus.
+- Grant a fourth point if the response is clearly written from an AI Assistant's perspective, addressing the
+user's question directly and comprehensively, and is well-organized and helpful, even if there is slight room
+for improvement in clarity, conciseness or focus.
 
-- Bestow a fifth point for a response that is impeccably tailored to the user's question by an AI Assistant, without extraneous information, reflecting expert knowledge, and demonstrating a high-quality, engaging, and insightful answer.
+- Bestow a fifth point for a response that is impeccably tailored to the user's question by an AI Assistant,
+without extraneous information, reflecting expert knowledge, and demonstrating a high-quality, engaging, and
+insightful answer.
 
-After examining the user's instruction and the response, please first give the total score. Then provide a brief explanation of your total score, up to 100 words. Output with the following format: Score: {total score} Evaluation evidence: {your brief explanation here}
+After examining the user's instruction and the response, please first give the total score. Then provide a
+brief explanation of your total score, up to 100 words. Output with the following format: Score: {total score}
+Evaluation evidence: {your brief explanation here}
 
-Remember to assess from the AI Assistant perspective, utilizing web search knowledge as necessary. To evaluate the response in alignment with this additive scoring model, we'll systematically attribute points based on the outlined criteria."""
-PAIRWISE = "\n\nThere are two responses to the one question. Score each by itself, and write two lines in their order: Score 1: {total score} and Score 2: {total score}."
+Remember to assess from the AI Assistant perspective, utilizing web search knowledge as necessary. To evaluate
+the response in alignment with this additive scoring model, we'll systematically attribute points based on the
+outlined criteria."""
+PAIRWISE = ("\n\nThere are two responses to the one question. Score each by itself, and write two lines in "
+            "their order: Score 1: {total score} and Score 2: {total score}.")
 TRIES, WAIT = 6, 1.0  # times, and seconds before the second; then twice as long each time
 
 
@@ -55,7 +77,8 @@ class Refused(Exception):
 
 
 def read_scores(text, n):
-    """The judge's words -> n scores, or None where one of them is missing or not in 0 to 5: "Score: 4", "**Score 2:** 3.5"; a score is never guessed."""
+    """The judge's words -> n scores, or None where one of them is missing or not in 0 to 5: "Score: 4",
+    "**Score 2:** 3.5"; a score is never guessed."""
     found = [
         re.search(
             rf"(?i)\bscore{'' if n == 1 else rf'[ #(]*{i}'}\b[^\d:\n]*:[\s*_{{]*([-\u2212]?\d+(?:\.\d+)?)",
@@ -68,18 +91,20 @@ def read_scores(text, n):
 class Endpoint:
     """An OpenAI-compatible chat API. Counts the tokens that it was charged for."""
     def __init__(self, model, timeout):
-        key, url = os.environ.get("OPENAI_API_KEY", "").strip(), os.environ.get("OPENAI_BASE_URL",
-                                                                                "").strip().rstrip("/")
-        if not key.isascii() or not key.isprintable() or " " in key or not key or not url.startswith(
-            ("http://", "https://")):
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+        key_is_fine = key and key.isascii() and key.isprintable() and " " not in key
+        if not key_is_fine or not url.startswith(("http://", "https://")):
             common.die(
-                "set OPENAI_API_KEY and OPENAI_BASE_URL (the address up to and with /v1), or judge with --reward or --rm"
+                "set OPENAI_API_KEY and OPENAI_BASE_URL (the address up to and with /v1), or judge with "
+                "--reward or --rm"
             )
-        self.key, self.url, self.model, self.timeout, self.stop = key, url + "/chat/completions", model, timeout, threading.Event(
-        )
+        self.key, self.url, self.model = key, url + "/chat/completions", model
+        self.timeout, self.stop = timeout, threading.Event()
 
     def ask(self, question, responses):
-        """-> {scores, tokens_in, tokens_out, text}; scores in the order of the responses, None where there was no verdict to be had. Tries again where that can help."""
+        """-> {scores, tokens_in, tokens_out, text}; scores in the order of the responses, None where there
+        was no verdict to be had. Tries again where that can help."""
         system = SYSTEM + (PAIRWISE if len(responses) > 1 else "")
         user = "\n".join([
             f"<Question>: {question}", *(f"<response>: {r}" if len(responses) == 1 else f"<response {i}>: {r}"
@@ -135,7 +160,8 @@ def load(path):
 
 
 def jobs(a, b, args):
-    """What to ask: [(key, question, (answers in the order that the judge reads them), which is first)], two a question, one of both answers with --pairwise."""
+    """What to ask: [(key, question, (answers in the order that the judge reads them), which is first)], two a
+    question, one of both answers with --pairwise."""
     out = []
     for question in [q for q in a if q in b][:args.limit]:
         first = random.Random(f"{args.seed} {question}").random() < 0.5  # True: the answer of A comes first
@@ -152,7 +178,8 @@ def jobs(a, b, args):
 
 
 def ask_all(judge, todo, args):
-    """Asks the API what --to does not hold yet, several at a time -> {key: verdict}, and what was paid for questions that got no verdict."""
+    """Asks the API what --to does not hold yet, several at a time -> {key: verdict}, and what was paid for
+    questions that got no verdict."""
     verdicts = {}
     if os.path.exists(args.to):
         with open(args.to, "rb+") as f:  # a run that was killed may have left half a line
@@ -190,7 +217,8 @@ def ask_all(judge, todo, args):
 
 
 def compare(todo, verdicts, pairwise):
-    """{question: 1 where A wins, 0.5 a tie, 0 where B wins}, a mean over the orders asked; questions without all their verdicts are left out."""
+    """{question: 1 where A wins, 0.5 a tie, 0 where B wins}, a mean over the orders asked; questions without
+    all their verdicts are left out."""
     points, missing = {}, set()
     for key, question, _, a_first in todo:
         if verdicts[key]["scores"] is None:
@@ -271,7 +299,8 @@ def main(argv=None):
         common.die(f"{args.a} and {args.b} have no instruction in common")
     if here:  # costs nothing, and may have changed: asked anew each time
         ask = local(args)
-        verdicts = {key: ask(question, shown) for key, question, shown, _ in common.Progress(todo, desc="judge")}
+        bar = common.Progress(todo, desc="judge")
+        verdicts = {key: ask(question, shown) for key, question, shown, _ in bar}
     else:
         verdicts = ask_all(Endpoint(args.judge, args.timeout), todo, args)
     points, failed = compare(todo, verdicts,
@@ -296,13 +325,15 @@ def main(argv=None):
         result["cost"] = (used[0] * args.price[0] + used[1] * args.price[1]) / 1e6
     common.write_json(os.path.splitext(args.to)[0] + ".summary.json", result)
     print(
-        "{a} against {b}: {wins} wins, {ties} ties, {losses} losses; win rate {win_rate:.3f} ({0:.3f} to {1:.3f}, 95 %), ties half"
+        "{a} against {b}: {wins} wins, {ties} ties, {losses} losses; win rate {win_rate:.3f} ({0:.3f} to "
+        "{1:.3f}, 95 %), ties half"
         .format(*result["interval"], **result))
     print(f"judge {args.judge}; {used[0]:,} tokens read, {used[1]:,} written" +
           (f", cost {result['cost']:.2f}" if args.price else ""))
     if failed or result["only_in_one"]:
         print(
-            f"left out: {result['unanswered']} questions without a verdict ({failed[-1] if failed else 'none failed'}), {result['only_in_one']} that only one file has",
+            f"left out: {result['unanswered']} questions without a verdict "
+            f"({failed[-1] if failed else 'none failed'}), {result['only_in_one']} that only one file has",
             file=sys.stderr)
     return result
 

@@ -1,13 +1,17 @@
-"""Sample a policy's answers and score them: labelled rows for train_gvm.py (the paper's instruction setting, section 5.2).
+"""Sample a policy's answers and score them: labelled rows for train_gvm.py (the paper's instruction setting,
+section 5.2).
 
-    python tools/label.py                                                    the toy's SFT model, scored by the gold reward
+    python tools/label.py   the toy's SFT model, scored by the gold reward
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward FILE.py:function --to rows.jsonl
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward-model FOLDER_OR_ID --to rows.jsonl
     python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl   then learns from both
 
-Rows are {prompt, response, reward, policy}; policy is --name, with the temperature where that is not 1. A GVM that never saw the mistakes
-of the policy it guides is fooled by them: a few thousand rows of the SFT model itself, some at temperatures above 1, are cheap cover.
-Run it again to go on where it stopped. Beside --to stands the same as pairs, *_pairs.jsonl, for a reward model.
+Rows are {prompt, response, reward, policy}; policy is --name, with the temperature where that is not 1. A GVM
+that never saw the mistakes
+of the policy it guides is fooled by them: a few thousand rows of the SFT model itself, some at temperatures
+above 1, are cheap cover.
+Run it again to go on where it stopped. Beside --to stands the same as pairs, *_pairs.jsonl, for a reward
+model.
 """
 import argparse
 import json
@@ -18,7 +22,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
 import dvpo
@@ -44,11 +47,10 @@ def score_with(path, device):
     rm.config.pad_token_id = tok.pad_token_id
 
     def score(prompts, responses):
-        rows = [
-            common.encode_prompt(tok, p) + common.encode_response(tok, r) for p, r in zip(prompts, responses)
-        ]
-        ids, attn, _ = common.frame([[]] * len(rows), rows, tok.pad_token_id,
-                                    device)  # right-padded: the head is read at the last real token
+        rows = [common.encode_prompt(tok, p) + common.encode_response(tok, r)
+                for p, r in zip(prompts, responses, strict=True)]
+        # Right-padded: the head is read at the last real token.
+        ids, attn, _ = common.frame([[]] * len(rows), rows, tok.pad_token_id, device)
         return rm(ids, attention_mask=attn).logits[:, 0].tolist()
 
     return score
@@ -86,7 +88,7 @@ def main(argv=None):
         reward = common.load_function(args.reward)
 
         def score(ps, rs):
-            return [float(reward(p, r)) for p, r in zip(ps, rs)]
+            return [float(reward(p, r)) for p, r in zip(ps, rs, strict=False)]
 
     name = args.name or os.path.basename(
         os.path.dirname(os.path.abspath(args.policy)) if os.path.basename(args.policy) ==
@@ -116,7 +118,7 @@ def main(argv=None):
                 json.dumps(
                     dict(prompt=p, response=t, reward=s, policy=name +
                          (f"-T{args.temperature:g}" if args.temperature != 1 else ""))) + "\n"
-                for p, t, s in zip(mine, texts, score(mine, texts)))
+                for p, t, s in zip(mine, texts, score(mine, texts), strict=False))
             f.flush()
             bar.update(len(mine))
     with open(args.to) as f:

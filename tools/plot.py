@@ -1,9 +1,12 @@
 """The figures, from what the stages wrote. Needs matplotlib, which nothing else does.
 
-    python tools/plot.py [--out out/tiny]           writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
-    python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] [--no-tau RUN ...] --to FILE.png      several seeds: mean and band
-    python tools/plot.py --heatmap GOOD/show.json BAD/show.json --to FILE.png        two responses to one prompt
-    python tools/plot.py --growth results/bench_cpu.json       seconds and bytes of a step against rows, tokens and parameters
+    python tools/plot.py [--out out/tiny]
+        writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
+    python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] [--no-tau RUN ...] --to FILE.png
+        several seeds: mean and band
+    python tools/plot.py --heatmap GOOD/show.json BAD/show.json --to FILE.png   two responses to one prompt
+    python tools/plot.py --growth results/bench_cpu.json
+        seconds and bytes of a step against rows, tokens and parameters
 """
 import argparse
 import json
@@ -21,21 +24,23 @@ def read(folder):
         return [json.loads(line) for line in f]
 
 
+TITLES = "gold reward", "mean value (Q of the GVM; V of the critic)", "KL to SFT, nats per response"
+
+
 def curves(runs, path, window=5):
-    """Gold reward, value and KL against steps and seconds: runs {name: [folder, ...]}; band: smallest to largest seed."""
+    """Gold reward, value and KL against steps and seconds: runs {name: [folder, ...]}; band: smallest to
+    largest seed."""
     fig, axes = plt.subplots(2, 3, figsize=(13, 6.5))
 
     def smooth(x):
         return np.convolve(np.pad(x, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
 
-    for (name, folders), colour in zip(runs.items(), ("tab:blue", "tab:orange", "tab:green")):
+    for (name, folders), colour in zip(runs.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
         seeds = [read(f) for f in folders]
         n = min(map(len, seeds))
         for row, x_key in enumerate(("step", "seconds")):
             x = np.mean([[r[x_key] for r in s[:n]] for s in seeds], 0)
-            for ax, key, label in zip(
-                    axes[row], ("gold", "q_mean", "kl"),
-                ("gold reward", "mean value (Q of the GVM; V of the critic)", "KL to SFT, nats a response")):
+            for ax, key, label in zip(axes[row], ("gold", "q_mean", "kl"), TITLES, strict=True):
                 if key not in seeds[0][0]:
                     continue
                 y = np.array([smooth([r[key] for r in s[:n]]) for s in seeds])
@@ -51,7 +56,8 @@ def curves(runs, path, window=5):
 
 
 def heatmap(responses, path):
-    """Figure 4: the token values of responses to one prompt, the true ones underneath. responses: what train_gvm.py --show wrote, one or several."""
+    """Figure 4: the token values of responses to one prompt, the true ones underneath. responses: what
+    train_gvm.py --show wrote, one or several."""
     def plain(text):
         return text.replace("$", r"\$")  # no mathtext from other people's text
 
@@ -62,7 +68,7 @@ def heatmap(responses, path):
     fig, axes = plt.subplots(
         len(responses), 1, squeeze=False, figsize=(0.75 * max(len(s["q"]) for s in responses) + 1.5,
                                                    sum(0.8 * len(rows(s)) + 1.4 for s in responses)))
-    for shown, ax in zip(responses, axes[:, 0]):
+    for shown, ax in zip(responses, axes[:, 0], strict=False):
         values = np.array([shown[k] for k, _ in rows(shown)])
         ax.imshow(values, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
         for i, j in np.ndindex(*values.shape):
@@ -79,7 +85,8 @@ def heatmap(responses, path):
 
 
 def growth(points, path):
-    """Measured seconds over their floor, and peak memory over its plan, each against one size while the others stand still."""
+    """Measured seconds over their floor, and peak memory over its plan, each against one size while the
+    others stand still."""
     fig, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     size = {"tiny": 2.9e5, "14M": 1.42e7, "124M": 1.24e8}
     base = dict(shape="14M", rows=4, new=64)
@@ -88,7 +95,7 @@ def growth(points, path):
         line = sorted((p for p in points if all(p[k] == v for k, v in base.items() if k != key)),
                       key=lambda p: size.get(p[key], p[key]))
         x = [size.get(p[key], p[key]) for p in line]
-        for method, colour in zip(line[0]["measured"], ("tab:orange", "tab:blue", "tab:green")):
+        for method, colour in zip(line[0]["measured"], ("tab:orange", "tab:blue", "tab:green"), strict=False):
             for ax, measured, formula, unit in (axes[0, column], "sec_step", "floor",
                                                 1), (axes[1, column], "peak", "planned", 2**20):
                 ax.loglog(x, [p["measured"][method][measured] / unit for p in line], "o-", color=colour,

@@ -1,9 +1,11 @@
 """Talk to any checkpoint, or let it answer a file of prompts in AlpacaEval's output format.
 
-    python tools/sample.py --policy out/tiny/dvpo/model                                         prompt by prompt, until an empty line
-    python tools/sample.py --policy FOLDER_OR_ID --prompts FILE.jsonl --to answers.json         [{instruction, output, generator}, ...]
+    python tools/sample.py --policy out/tiny/dvpo/model   prompt by prompt, until an empty line
+    python tools/sample.py --policy FOLDER_OR_ID --prompts FILE.jsonl --to answers.json
+        [{instruction, output, generator}, ...]
 
-Prompts are rows {prompt} (or {instruction}); the answers use the same template, rollout and sampling as training does.
+Prompts are rows {prompt} (or {instruction}); the answers use the same template, rollout and sampling as
+training does.
 """
 import argparse
 import os
@@ -12,7 +14,6 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from tqdm import tqdm
 
 import common
 import dvpo
@@ -61,7 +62,7 @@ def main(argv=None):
         texts = [q if isinstance(q, str) else q[-1]["content"] for q in mine]
         out += [
             dict(instruction=q, output=a, generator=args.generator or args.policy)
-            for q, a in zip(texts, answers(policy, tok, mine, args, device))
+            for q, a in zip(texts, answers(policy, tok, mine, args, device), strict=False)
         ]
     common.write_json(args.to, out)
     print(f"wrote {len(out)} answers to {args.to}")

@@ -1,9 +1,11 @@
-"""A small GPT-2 with random weights and a byte-level BPE tokenizer of your own text: a start without access to the hub.
+"""A small GPT-2 with random weights and a byte-level BPE tokenizer of your own text: a start without access
+to the hub.
 
     python tools/scratch_model.py --data FILE.jsonl[.gz] [FILE ...] --out out/scratch
     python sft.py --model out/scratch --data FILE.jsonl ...             then trains it, from nothing
 
-The tokenizer learns from the fields prompt, response, chosen and rejected of every row. Chat template: <bos> <user> prompt <assistant> response <eos>.
+The tokenizer learns from the fields prompt, response, chosen and rejected of every row. Chat template: <bos>
+<user> prompt <assistant> response <eos>.
 """
 import argparse
 import os
@@ -13,14 +15,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import common
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
 TEMPLATE = (
-    "<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ m.content }}<eos>{% endif %}{% endfor %}"
+    "<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ "
+    "m.content }}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
