@@ -17,18 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.processes import (
-    CUDA,
-    all_max,
-    barrier,
-    die,
-    finish,
-    gathered,
-    new_folder,
-    rank,
-    world,
-    write_json,
-)
+from runtime.processes import all_max, barrier, die, finish, gathered, new_folder, rank, world, write_json
 
 
 def must_be_finite(model, what):
@@ -128,7 +117,7 @@ class Checkpoints:
         mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
         self.skipped = sum(engine.skipped_steps for engine in self.engines.values())
         torch.set_rng_state(mine["random"])
-        if CUDA:
+        if "random_cuda" in mine:
             torch.cuda.set_rng_state(mine["random_cuda"])
         return int(path.rpartition("_")[2]), mine["state"]
 
@@ -164,7 +153,7 @@ class Checkpoints:
         with new_folder(os.path.join(self.folder, f"step_{step + 1}")) as tmp:
             for name, engine in self.engines.items():
                 engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
-            cuda = dict(random_cuda=torch.cuda.get_rng_state()) if CUDA else {}
+            cuda = dict(random_cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
             mine = dict(cuda, random=torch.get_rng_state(), state=state)
             torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
