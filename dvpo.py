@@ -46,7 +46,7 @@ def parse_args(argv=None):
     p.add_argument("--reward", default=d.reward,
                    help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
     p.add_argument("--out", default=f"{d.out}/dvpo", help="folder to write")
-    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollouts (paper, fig. 3: about 450)")
+    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
     p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
@@ -54,17 +54,17 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
                    help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, cut at left")
+    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
-    p.add_argument("--temperature", type=float, default=1.0, help="divides the logits, always")
-    p.add_argument("--static-cache", action="store_true", help="roll out by a CUDA graph, for speed")
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
+    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
     p.add_argument("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
     p.add_argument("--advantage", choices=("q", "delta"), default=d.advantage,
                    help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]")
     p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
     p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response (Ziegler: 6)")
-    p.add_argument("--kl-stop", type=float, default=0.1, help="per token, ends inner epochs (paper 0.1)")
+    p.add_argument("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     return common.parse(p, argv)
