@@ -199,7 +199,7 @@ def refused(f, *words):
 def resume_cases(zero):
     """(script, flags) of every stage, four steps with a checkpoint after two."""
     common_flags = ("--max-steps", "4", "--save-every", "2", "--zero", zero)
-    rl = (*RL, "--batch-size", "16", "--mini-batch-size", "8", *common_flags)
+    rl = (*RL, "--batch-size", "16", "--mini-batch-size", "8", "--max-new-tokens", "16", *common_flags)
     gvm = (*GVM[:2], "--data", path("toy/gvm_small.jsonl"), "--heldout", path("toy/gvm_small.jsonl"),
            "--batch-size", "8", "--lora-dropout", "0.1")
     return [("sft", sft, ("--init-from", path("toy/model"), "--data", path("toy/sft_small.jsonl"),

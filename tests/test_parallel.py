@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import sys
 
 import pytest
@@ -25,20 +24,23 @@ import ppo_baseline
 import train_gvm
 
 
-@pytest.mark.parametrize(("zero", "names"), [("1", ("gvm", "dvpo")), ("3", ("ppo",))])
-def test_resume_on_two_ranks(zero, names):
-    """Stages that train an adapter, a model, and two models."""
+@pytest.fixture(params=[("1", ("gvm", "dvpo")), ("3", ("ppo",))])
+def straight_runs(request):
+    """[(stage, flags, out, rows)] of runs on two ranks: an adapter, a model, and two models are trained."""
     world()
-    cases = [(stage, argv, path("straight2", name), path("again2", name))
+    zero, names = request.param
+    cases = [(stage, argv, path("straight2", zero, name))
              for name, stage, argv in resume_cases(zero) if name in names]
-    for *_, out, to in cases:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(to, ignore_errors=True)
-    straight = two_ranks(*((stage, [*argv, "--out", out]) for stage, argv, out, _ in cases))
-    for *_, out, to in cases:
-        rewind(out, to)
-    resumed = two_ranks(*((stage, [*argv, "--resume", "--out", to]) for stage, argv, _, to in cases))
-    for rows, again in zip(straight, resumed, strict=True):
+    rows = two_ranks(*((stage, [*argv, "--out", out]) for stage, argv, out in cases))
+    return [(*case, own) for case, own in zip(cases, rows, strict=True)]
+
+
+def test_resume_on_two_ranks(straight_runs):
+    commands = []
+    for stage, argv, out, _ in straight_runs:
+        rewind(out, out + "_again")
+        commands.append((stage, [*argv, "--resume", "--out", out + "_again"]))
+    for (*_, rows), again in zip(straight_runs, two_ranks(*commands), strict=True):
         same_run(again, rows)
 
 
@@ -71,7 +73,7 @@ def test_two_ranks_equal_one():
 @pytest.mark.parametrize("stage", [dvpo, ppo_baseline])
 def test_zero_3_equals_zero_1(stage):
     world()
-    rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16")
+    rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16", "--max-new-tokens", "16")
     if stage is dvpo:
         rl = (*rl, "--gvm", path("gvm/model"))
     else:
