@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import platform
 import subprocess
 import sys
 
@@ -24,8 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
-import common
-from experiments.seeds import final, interval, stage
+from experiments.shared import final, interval, machine, stage, write_results
 
 BASE = "unchanged"
 GVMS = {
@@ -121,7 +119,7 @@ def report(args, seeds):
     }
     per_gvm = [(r["correlation"], r["heldout"]) for name in GVMS for r in got[name]]
     data = dict(command="python experiments/ablate.py",
-                machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run", seeds=seeds,
+                machine=machine("one thread a run"), seeds=seeds,
                 gvm_steps=args.gvm_steps, steps=args.steps, runs=got, moved_accuracy=moved,
                 q_correlation_against_reward=float(np.corrcoef(*zip(*per_gvm, strict=False))[0, 1]))
     lines = [
@@ -153,10 +151,7 @@ def report(args, seeds):
         f"Correlation over all GVMs and seeds ({len(per_gvm)} runs) between a GVM's correlation with the "
         f"true Q and the gold reward that DVPO ends with: {data['q_correlation_against_reward']:.3f}."
     ]
-    common.write_json("results/ablations.json", data)
-    with open("results/ablations.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_results("ablations", data, lines)
 
 
 def main(argv=None):

@@ -23,9 +23,7 @@ import concurrent.futures
 import functools
 import itertools
 import os
-import platform
 import re
-import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -37,7 +35,8 @@ import common
 import dvpo
 import train_gvm
 from data import toy
-from experiments.seeds import STEPS, final, interval, stage
+from experiments.seeds import STEPS
+from experiments.shared import commit, final, interval, machine, stage, write_results
 
 # pairs in tau, flags: named as in experiments/seeds.py
 DVPO = {"dvpo": (2, ()), "dvpo_no_tau": (0, ()),
@@ -171,11 +170,9 @@ def changes(seed, name, n=4000):
 
 
 def report(seeds):
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True).stdout.strip()
     data = dict(
-        command="python experiments/exact.py", commit=commit,
-        machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run", seeds=seeds,
+        command="python experiments/exact.py", commit=commit(),
+        machine=machine("one thread a run"), seeds=seeds,
         q_std={name: spread(pairs)
                for name, (pairs, _) in DVPO.items()}, runs={
                    name: {
@@ -187,7 +184,7 @@ def report(seeds):
                             for name in ("gvm", "gvm_no_tau")})
     lines = [
         "# DVPO behind exact values", "",
-        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Seeds "
+        f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
         f"{', '.join(map(str, seeds))}; mean and 95 % interval (Student's t).",
         "", "| run | value or reward | last tenth | held-out | KL |", "|---|---|---|---|---|"
     ]
@@ -210,10 +207,7 @@ def report(seeds):
         times, exact, learned, bare = (np.mean([seed[k][i] for seed in data["blunders"][name]])
                                        for name, i in (("gvm", 0), ("gvm", 2), ("gvm", 1), ("gvm_no_tau", 1)))
         lines.append(f"| {k} | {times:.0f} | {exact:+.2f} | {learned:+.2f} | {bare:+.2f} |")
-    common.write_json("results/exact.json", data)
-    with open("results/exact.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_results("exact", data, lines)
 
 
 def main():

@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from experiments.ablate import GVMS
-from experiments.seeds import interval
+from experiments.shared import interval
 
 NOT_KEPT = "# Numbers whose runs are not kept"          # the last section of results/README.md has no files
 KNOWN = [                                               # numbers that results/ does not hold

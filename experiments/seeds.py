@@ -17,46 +17,20 @@ import concurrent.futures
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 
 import numpy as np
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from experiments.shared import commit, final, interval, machine, stage, write_results
+
 STEPS = 150
 LRS, KL_COEFS = (1e-4, 3e-4), (0.02, 0.05, 0.1)
-T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, for 2 to 10 seeds
 BARE = {"dvpo_no_tau": (), "dvpo_no_tau_kl0.2": ("--kl-coef", 0.2)
         }  # DVPO behind a GVM without tau: as it is, and held as near to the SFT model as with one
 TUNING = 1  # the seed that settings were chosen on; never in the table of seeds
-
-
-def stage(script, out, *argv):
-    """Run one stage unless it has finished before, with these very flags; its output goes to OUT.log."""
-    done, words = os.path.join(out, "done"), " ".join(map(str, argv))
-    if os.path.exists(done):
-        with open(done) as f:
-            if (before := f.read()) not in ("", words):
-                sys.exit(
-                    f"error: {out} holds a run with other flags ({before}): remove it, or give it other flags"
-                )
-        return
-    os.makedirs(out, exist_ok=True)
-    with open(out + ".log", "w") as log:
-        subprocess.run([sys.executable, script, "--out", out, *words.split()], stdout=log, stderr=log,
-                       check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    with open(done, "w") as f:
-        f.write(words)
-
-
-def interval(x, digits=2, sign=""):
-    """Mean of several seeds with its 95 % interval; of one seed, the mean alone."""
-    x = np.array(x, dtype=float)
-    if not len(x):
-        return "never"
-    return f"{x.mean():{sign}.{digits}f}" + (
-        f" ± {T95[len(x) - 2] * x.std(ddof=1) / len(x) ** 0.5:.{digits}f}"
-        if 1 < len(x) < len(T95) + 2 else "")
 
 
 def label(root, seed):
@@ -94,28 +68,14 @@ def tuning(job):
           f"{root}/sft/model", *own, "--lr", lr, "--kl-coef", kl_coef, "--max-steps", STEPS)
 
 
-def final(folder):
-    """{final, best, fall, kl, held-out gold and KL} of one RL run; fall: from the best window to the worst of
-    the last third."""
-    with open(f"{folder}/metrics.jsonl") as f:
-        rows = [json.loads(line) for line in f]
-    n = max(1, len(rows) // 10)
-    gold = np.convolve([r["gold"] for r in rows], np.ones(n) / n, "valid")
-    with open(f"{folder}/summary.json") as f:
-        summary = json.load(f)
-    return dict(first=rows[0]["gold"], final=gold[-1], best=gold.max(),
-                fall=gold.max() - gold[-len(gold) // 3:].min(), kl=np.mean([r["kl"] for r in rows[-n:]]),
-                heldout=summary["gold"], heldout_kl=summary["kl"], seconds=rows[-1]["seconds"],
-                steps=len(rows))
-
-
 def reach(seed, share, window=5):
     """{stage: (steps, seconds)} until the gold reward, a mean over `window` steps, has made `share` of the
     way to where PPO ends (its last tenth); None: never."""
     runs = {}
-    for stage in [name for name in ("dvpo", "ppo", *BARE) if os.path.exists(f"out/seeds/{seed}/{name}/done")]:
-        with open(f"out/seeds/{seed}/{stage}/metrics.jsonl") as f:
-            runs[stage] = [json.loads(line) for line in f]
+    for name in ("dvpo", "ppo", *BARE):
+        if os.path.exists(f"out/seeds/{seed}/{name}/done"):
+            with open(f"out/seeds/{seed}/{name}/metrics.jsonl") as f:
+                runs[name] = [json.loads(line) for line in f]
     gold = {k: np.array([r["gold"] for r in rows]) for k, rows in runs.items()}
     start, end = (gold["dvpo"][0] + gold["ppo"][0]) / 2, gold["ppo"][-max(1, len(gold["ppo"]) // 10):].mean()
     there = {
@@ -130,15 +90,12 @@ def reach(seed, share, window=5):
 
 
 def report(seeds):
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True).stdout.strip()
-    data = dict(commit=commit,
-                machine=f"{os.cpu_count()} cores, {platform.machine()}, one thread a run, two runs at a time",
+    data = dict(commit=commit(), machine=machine("one thread a run", "two runs at a time"),
                 command="python data/toy.py && python experiments/seeds.py", seeds=[])
     lines = [
         "# The review world, several seeds", "",
-        f"Command: `{data['command']}`. Commit {commit}. Machine: {data['machine']}. Equal data, seeds of "
-        "training and sampling.",
+        f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Equal data, "
+        "seeds of training and sampling.",
         "",
         "| seed | SFT | DVPO final | best | fall | held-out | KL | PPO final | best | fall | held-out | KL |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|"
@@ -237,12 +194,7 @@ def report(seeds):
                          " | ".join(", ".join(str(x[s][0]) if x[s] else "never" for x in found)
                                     for s in (name, "ppo")) + " | " + " | ".join(interval(q)
                                                                                  for q in ratios) + " |")
-    os.makedirs("results", exist_ok=True)
-    with open("results/toy.json", "w") as f:
-        json.dump(data, f, indent=1)
-    with open("results/toy.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_results("toy", data, lines)
 
 
 def main(argv=None):

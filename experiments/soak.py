@@ -13,7 +13,6 @@ import argparse
 import glob
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -25,6 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import psutil
 from safetensors.torch import load_file
+
+from experiments.shared import machine, write_results
 
 ROOT = "out/soak"
 STAGES = {
@@ -191,9 +192,7 @@ def report(data):
             "mean of 200 steps in a row after "
             f"the first 200: {r['lowest_of_200']:.3f}."
         ]
-    with open("results/soak.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_results("soak", data, lines)
 
 
 def main(argv=None):
@@ -208,7 +207,7 @@ def main(argv=None):
     for part in ("straight", "killed", "rank", "long"):
         shutil.rmtree(f"{ROOT}/{part}", ignore_errors=True)
     data = dict(command=" ".join(["python data/toy.py && python experiments/soak.py", *sys.argv[1:]]),
-                machine=f"{os.cpu_count()} cores, {platform.machine()}")
+                machine=machine())
     if not os.path.exists(f"{ROOT}/base/gvm/model"):
         finish(f"{ROOT}/base/sft", ["sft.py"])
         finish(f"{ROOT}/base/gvm", ["train_gvm.py", "--init-from", f"{ROOT}/base/sft/model"])
@@ -218,8 +217,6 @@ def main(argv=None):
         data["rank"] = one_rank_of_two()
     if args.steps:
         data["long"] = long_run(args.steps)
-    with open("results/soak.json", "w") as f:
-        json.dump(data, f, indent=1)
     report(data)
 
 

@@ -27,7 +27,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import platform
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -40,7 +39,7 @@ import dvpo
 import ppo_baseline
 import train_gvm
 from data import toy
-from experiments.seeds import stage
+from experiments.shared import machine, stage, write_results
 
 SIZES = (1000, 3000, 10000, 30000)
 
@@ -166,7 +165,7 @@ def report(args, cosines, back):
         "# Theorem 3.1 on the review world", "",
         f"Command: `python experiments/theorem.py`. Seeds {', '.join(map(str, args.seeds))}; mean (smallest "
         f"to largest). {args.rollouts:,} rollouts of the SFT model a seed; nine passes over the rows. "
-        f"Machine: {os.cpu_count()} cores, {platform.machine()}. experiments/theorem.py says what is "
+        f"Machine: {machine()}. experiments/theorem.py says what is "
         "compared.", "",
         "| rows | gradient from | cosine with the gold reward's | with the reward model's of the same rows "
         "| two halves of the rollouts |",
@@ -195,14 +194,9 @@ def report(args, cosines, back):
                      " | ".join(spread(rows, k)
                                 for k in ("correlation", "rmse", "before_mean", "before_sd")) + " |")
     lines += ["", f"The gold reward of those rows has sd {back[0]['reward_sd']:.3f}."]
-    common.write_json(
-        "results/theorem.json",
-        dict(command="python experiments/theorem.py", seeds=args.seeds, rollouts=args.rollouts,
-             gradients=cosines,
-             read_back=back))
-    with open("results/theorem.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    data = dict(command="python experiments/theorem.py", seeds=args.seeds, rollouts=args.rollouts,
+                gradients=cosines, read_back=back)
+    write_results("theorem", data, lines)
 
 
 def main(argv=None):

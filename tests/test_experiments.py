@@ -10,7 +10,7 @@ from data import toy
 
 
 def test_interval_by_hand():
-    from experiments.seeds import interval
+    from experiments.shared import interval
 
     assert interval([1, 2, 3]) == "2.00 ± 2.48"  # sd 1, t(2 degrees) 4.303 / sqrt(3)
     assert interval([0.5, -0.25], 3, "+") == "+0.125 ± 4.766" and interval([0.7]) == "0.70" and interval(

@@ -1,0 +1,73 @@
+"""What the experiments share: runs of a stage, intervals over seeds, commit and machine, results on disk."""
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+
+T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, for 2 to 10 seeds
+
+
+def stage(script, out, *argv):
+    """Run one stage unless it has finished before, with these very flags; its output goes to OUT.log."""
+    done, words = os.path.join(out, "done"), " ".join(map(str, argv))
+    if os.path.exists(done):
+        with open(done) as f:
+            if (before := f.read()) not in ("", words):
+                sys.exit(
+                    f"error: {out} holds a run with other flags ({before}): remove it, or give it other flags"
+                )
+        return
+    os.makedirs(out, exist_ok=True)
+    with open(out + ".log", "w") as log:
+        subprocess.run([sys.executable, script, "--out", out, *words.split()], stdout=log, stderr=log,
+                       check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    with open(done, "w") as f:
+        f.write(words)
+
+
+def interval(x, digits=2, sign=""):
+    """Mean of several seeds with its 95 % interval; of one seed, the mean alone."""
+    x = np.array(x, dtype=float)
+    if not len(x):
+        return "never"
+    return f"{x.mean():{sign}.{digits}f}" + (
+        f" ± {T95[len(x) - 2] * x.std(ddof=1) / len(x) ** 0.5:.{digits}f}"
+        if 1 < len(x) < len(T95) + 2 else "")
+
+
+def final(folder):
+    """{final, best, fall, kl, held-out gold and KL} of one RL run; fall: from the best window to the worst of
+    the last third."""
+    with open(f"{folder}/metrics.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    n = max(1, len(rows) // 10)
+    gold = np.convolve([r["gold"] for r in rows], np.ones(n) / n, "valid")
+    with open(f"{folder}/summary.json") as f:
+        summary = json.load(f)
+    return dict(first=rows[0]["gold"], final=gold[-1], best=gold.max(),
+                fall=gold.max() - gold[-len(gold) // 3:].min(), kl=np.mean([r["kl"] for r in rows[-n:]]),
+                heldout=summary["gold"], heldout_kl=summary["kl"], seconds=rows[-1]["seconds"],
+                steps=len(rows))
+
+
+def commit():
+    """The short hash of the commit that is checked out."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def machine(*notes):
+    return ", ".join([f"{os.cpu_count()} cores", platform.machine(), *notes])
+
+
+def write_results(name, data, lines):
+    """results/NAME.json and results/NAME.md; the lines are printed too."""
+    os.makedirs("results", exist_ok=True)
+    with open(f"results/{name}.json", "w") as f:
+        json.dump(data, f, indent=1)
+    with open(f"results/{name}.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
