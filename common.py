@@ -6,7 +6,7 @@ One frame for every tensor. B rows, P prompt tokens (left-padded), T response to
     token      prompt     a_0  a_1  ...  a_{T-1}       (the last one may be <eos>; it counts)
 
 What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` (B, P+T) is 1 on real tokens,
-`mask` (B, T) is True from a_0 to the first <eos>; both are built from lengths, never from `ids != pad`.
+`mask` (B, T) is True from a_0 to the first <eos>; both are built from lengths, and token 0 fills the rest.
 """
 import argparse
 import copy
@@ -33,8 +33,9 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
 from runtime.graphs import StaticDecoder
-from runtime.memory import CHUNK, bytes_per_token, memory_plan
-from runtime.metrics import Clock, Metrics, Progress, masked_moments, mean_over_ranks, peak_bytes, token_mean
+from runtime.memory import CHUNK, activation_bytes, memory_plan
+from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes
+from runtime.metrics import synchronize, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
 from runtime.processes import gathered, rank, seed, start, world, write_json
 from runtime.rows import batch_indices, load_function, read_rows
@@ -473,18 +474,13 @@ def set_lr(engine, lr):
 
 
 def load_tokenizer(path):
-    """The tokenizer as it is, with a pad that is never eos (only a filler: masks come from lengths)."""
+    """The tokenizer as it is. It needs no pad token: masks come from lengths, and token 0 fills the rest."""
     try:
         tok = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:
         die(missing_model(path, e))
     if tok.eos_token_id is None:
         die(f"{path}: its tokenizer has no eos token; set eos_token in tokenizer_config.json")
-    if tok.pad_token_id in (None, tok.eos_token_id):
-        vocab = tok.get_vocab()
-        spare = "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", tok.unk_token, tok.bos_token
-        ids = [vocab[token] for token in spare if token in vocab] + [0, 1]
-        tok.pad_token = tok.convert_ids_to_tokens(next(i for i in ids if i != tok.eos_token_id))
     return tok
 
 
@@ -540,21 +536,20 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
     return append_to_prefix(tok, prefix, prompt)
 
 
-def frame(prompts, responses, pad, device="cpu"):
+def frame(prompts, responses, device="cpu"):
     """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T). One T on all ranks, or ZeRO-3 would hang."""
     P, T = max(map(len, prompts)), all_max(max(map(len, responses)))
-    ids = torch.full((len(prompts), P + T), pad)
-    attn = torch.zeros_like(ids)
+    ids, attn = torch.zeros(2, len(prompts), P + T, dtype=torch.long)
     for row, (p, r) in enumerate(zip(prompts, responses, strict=True)):
         ids[row, P - len(p):P + len(r)] = torch.tensor(p + r)
         attn[row, P - len(p):P + len(r)] = 1
     return ids.to(device), attn.to(device), attn[:, P:].bool().to(device)
 
 
-def append_responses(ids, attn, response, mask, pad):
+def append_responses(ids, attn, response, mask):
     """Prompts (B, P) and what a rollout sampled, (B, T), as one frame; T is the longest of all ranks."""
     T = all_max(int(mask.any(0).sum()))
-    response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])), value=pad)
+    response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])))
     mask = F.pad(mask[:, :T], (0, max(0, T - mask.shape[1])))
     return torch.cat([ids, response], 1), torch.cat([attn, mask.long()], 1), mask
 

@@ -80,7 +80,7 @@ def parse_args(argv=None):
 @torch.no_grad()
 def rollout(model, prompts, tok, args, device, adapter=None):
     """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)      # (B, P)
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
         decode = common.StaticDecoder(decode, args.max_new_tokens)
@@ -89,14 +89,14 @@ def rollout(model, prompts, tok, args, device, adapter=None):
         cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
-        response.append(token.masked_fill(ended, tok.pad_token_id))
+        response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
         ended = ended | (token == tok.eos_token_id)
         if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
             break
         decode(token)
     response, mask = torch.stack(response, 1), torch.stack(mask, 1)
-    return *common.append_responses(ids, attn, response, mask, tok.pad_token_id), ended
+    return *common.append_responses(ids, attn, response, mask), ended
 
 
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
@@ -170,7 +170,7 @@ def train_reward_model(args, tok, device):
         prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows] * 2
         responses = [common.encode_response(tok, r[side]) for side in ("chosen", "rejected") for r in rows]
         responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts, strict=True)]
-        return scores(engine, *common.frame(prompts, responses, tok.pad_token_id, device)).chunk(2)
+        return scores(engine, *common.frame(prompts, responses, device)).chunk(2)
 
     engine.train()
     seen = [x.to(device) for x in state.get("seen", [])]
@@ -234,19 +234,19 @@ def main(argv=None):
     kl_coef = state.get("kl_coef", args.kl_coef)
 
     for step in range(first, args.max_steps):
-        clock = common.Clock()
+        seconds = {}
         index = common.batch_indices(len(data), batch, step, args.seed)
         prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
 
         # 1. rollout
-        with clock("generate"):
+        with common.clock(seconds, "generate"):
             policy.eval()
             critic.eval()
             common.refresh(actor, model)
             ids, attn, mask, ended = rollout(actor, prompts, tok, args, device)
             T, responses = mask.shape[1], common.unpad(ids, mask)
 
-        with clock("score"), torch.no_grad():
+        with common.clock(seconds, "score"), torch.no_grad():
             # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
             order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
             rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
@@ -273,7 +273,7 @@ def main(argv=None):
         kl = (log_ratio_ref * mask).sum(1).mean()                                         # nats per response
 
         # 5. update
-        with clock("train"):
+        with common.clock(seconds, "train"):
             policy.train()
             critic.train()
             if args.lr_decay:
@@ -310,7 +310,7 @@ def main(argv=None):
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         q_mean, q_std = common.masked_moments(values, mask)
         adv_std = common.masked_moments(adv, mask)[1]
-        row |= dict(clock.seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
+        row |= dict(seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
                     adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
                     entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(),
                     length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))

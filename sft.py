@@ -69,7 +69,7 @@ def heldout_loss(policy, tok, rows, args, device):
     for i in range(0, len(rows), step):
         index = range(i + common.rank(), i + step, common.world())           # as many on every rank
         encoded = encode(tok, [rows[j % len(rows)] for j in index], args.max_length)
-        ids, attn, mask = common.frame(*encoded, tok.pad_token_id, device)
+        ids, attn, mask = common.frame(*encoded, device)
         mask = mask & torch.tensor([j < len(rows) for j in index], device=device)[:, None]   # no row twice
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
@@ -81,7 +81,7 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
     """Mean reward of about n sampled answers to the held-out prompts, this rank's share."""
     from transformers import GenerationConfig
 
-    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.pad_token_id,
+    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.eos_token_id,
                              eos_token_id=tok.eos_token_id, max_new_tokens=args.max_new_tokens)
     own, actor.lm.generation_config = actor.lm.generation_config, plain     # it would fill gaps in `plain`
     scores, step = [], args.batch_size * common.world()
@@ -89,7 +89,7 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
         index = range(i + common.rank(), i + step, common.world())
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
         prompt_ids = [common.encode_prompt(tok, p) for p in prompts]
-        ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), tok.pad_token_id, device)
+        ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), device)
         sampled = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
         texts = tok.batch_decode(sampled, skip_special_tokens=True)
         scores += [reward(p, text) for p, text in zip(prompts, texts, strict=True)]
@@ -122,7 +122,7 @@ def main(argv=None):
     for step in range(first, steps):
         # 1. batch
         rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
-        ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), tok.pad_token_id, device)
+        ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), device)
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = ids[order], attn[order], mask[order]
         n_tokens = common.all_sum(mask.sum())

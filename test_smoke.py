@@ -49,7 +49,7 @@ def example(tok):
     """Two prompts and responses of unequal lengths: lists of ids, and the frame."""
     prompts = [common.encode_prompt(tok, p) for p in PROMPTS]
     responses = [common.encode_response(tok, r) for r in RESPONSES]
-    return prompts, responses, *common.frame(prompts, responses, tok.pad_token_id)
+    return prompts, responses, *common.frame(prompts, responses)
 
 
 # The losses, by hand

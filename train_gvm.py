@@ -154,7 +154,7 @@ def token_values(gvm, tok, rows, taus, args, device, batch=32):
     for i in common.Progress(range(0, len(rows), step), desc="values", leave=False):
         own = range(i + common.rank(), i + step, common.world())       # as many on every rank: wraps around
         some_prompts, some_responses = ([x[j % len(rows)] for j in own] for x in (prompts, responses))
-        ids, attn, mask = common.frame(some_prompts, some_responses, tok.pad_token_id, device)
+        ids, attn, mask = common.frame(some_prompts, some_responses, device)
         q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm")
         own = [j for j in own if j < len(rows)]
         values[own, :q.shape[1]] = q[:len(own)]
@@ -296,7 +296,7 @@ def main(argv=None):
             rng = np.random.default_rng([args.seed, step, i])
             pairs = int(rng.integers(1, args.tau_pairs + 1)) if args.tau_pairs else 0
             taus.append(data.tau(data[i]["policy"], data[i]["prompt"], pairs, rng))
-        ids, attn, mask = common.frame(*encode(tok, rows, taus, args), tok.pad_token_id, device)
+        ids, attn, mask = common.frame(*encode(tok, rows, taus, args), device)
         reward = torch.tensor([row["reward"] for row in rows], device=device)
         if not args.batch_norm:                                 # which needs random micro-batches
             order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)

@@ -117,7 +117,7 @@ def gradients(seed, args):
                     common.prepend_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"])
                     for i in m
                 ]
-                f_ids, f_attn, f_mask = common.frame(behind, [responses[i] for i in m], tok.pad_token_id)
+                f_ids, f_attn, f_mask = common.frame(behind, [responses[i] for i in m])
                 value = trunk(f_ids, f_attn, f_mask.shape[1], "gvm", head="gvm")
                 q.append(torch.nn.functional.pad(value, (0, T + 1 - value.shape[1])))
             q = torch.cat(q)[numbers.argsort()]  # back in their order

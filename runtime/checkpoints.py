@@ -13,6 +13,7 @@ import signal
 import sys
 import zlib
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -108,10 +109,6 @@ class Checkpoints:
             before = json.load(f)
         if (before["world_size"], before["zero"]) != (world(), self.args.zero):
             die(f"--resume: use {before['world_size']} processes and --zero {before['zero']}, as {path} did")
-        for key in vars(self.args).keys() - {"resume", "out", "local_rank", "save_every"}:
-            old, new = before.get(key), getattr(self.args, key)
-            if old != new and rank() == 0:
-                print(f"resuming with --{key.replace('_', '-')} {new} (was {old})", file=sys.stderr)
         for name, engine in self.engines.items():
             engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
         mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
@@ -171,12 +168,5 @@ class Checkpoints:
 
 def check_sums(folder):
     """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
-    sums = {}
-    for path in pathlib.Path(folder).rglob("*"):
-        if path.is_file() and path.name != "files.json":
-            crc = 0
-            with open(path, "rb") as f:
-                while block := f.read(1 << 24):
-                    crc = zlib.crc32(block, crc)
-            sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
-    return sums
+    paths = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.name != "files.json"]
+    return {str(p.relative_to(folder)): [p.stat().st_size, zlib.crc32(np.memmap(p, mode="r"))] for p in paths}

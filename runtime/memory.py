@@ -7,7 +7,6 @@ import os
 
 import psutil
 import torch
-from transformers import DynamicCache
 
 from runtime.processes import CUDA, all_max, die, rank, world, write_json
 
@@ -27,17 +26,20 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
         held = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         about[role] = dict(parameters=held, trainable=trained, bytes=held * element)
-        kept = max(kept, bytes_per_token(model)["activation"] if trained else 0)
+        kept = max(kept, activation_bytes(model) if trained else 0)
     held, trained = (sum(model[key] for model in about.values()) for key in ("bytes", "trainable"))
     shards = [world() if args.zero >= stage else 1 for stage in range(4)]
     plan = {"weights": held / shards[3], "gradients": trained * element / shards[2]}
     plan["optimizer"] = 0 if args.offload and CUDA else trained * adam / shards[1]
     if args.zero == 3 and decode[0]:
         plan["a copy of the policy to decode with"] = next(iter(about.values()))["bytes"]
-    vocab = policy.lm.config.get_text_config().vocab_size
-    activations = rows * length * kept + min(CHUNK, rows * sampled) * vocab * (4 + element)
-    cache = decode[0] * (decode[1] * bytes_per_token(policy)["cache"] + vocab * 12)
-    plan["activations, or KV cache of the rollout"] = max(activations, cache)      # never both
+    config = policy.lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * width * element                  # bytes per token
+    activations = rows * length * kept + min(CHUNK, rows * sampled) * config.vocab_size * (4 + element)
+    rollout = decode[0] * (decode[1] * cache + config.vocab_size * 12)
+    plan["activations, or KV cache of the rollout"] = max(activations, rollout)     # never both
     total, free = sum(plan.values()), psutil.virtual_memory().available + held
     if CUDA:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
@@ -52,27 +54,19 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
             "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
 
 
-def bytes_per_token(model):
-    """Bytes that a backward pass keeps per token, and bytes of its KV cache, measured on one short row."""
+def activation_bytes(model):
+    """Bytes that a backward pass keeps per token, measured on one short row."""
     ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
-    weights, kept, cache = {p.data_ptr() for p in model.parameters()}, {}, DynamicCache()
-    training = model.training
+    weights, kept, training = {p.data_ptr() for p in model.parameters()}, {}, model.training
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    adapters = [name for name in model.adapters if trained & set(model.adapter_parameters(name))]
-    model.switch(adapters[0] if adapters else None)
+    model.switch(list(model.adapters)[-1] if model.adapters else None)             # the one that is trained
     model.train()                                       # --gradient-checkpointing works in train mode only
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = model.hidden(ids, torch.ones_like(ids), 15)
-    activation = sum(size for address, size in kept.items() if address not in weights)
     del out                                             # kept until here, so that no address is used twice
-    model.eval()
-    with torch.no_grad():
-        model.hidden(ids, torch.ones_like(ids), 0, cache)
     model.train(training)
-    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return dict(activation=activation / 16, cache=cached / 16)
+    return sum(size for address, size in kept.items() if address not in weights) / ids.numel()

@@ -1,7 +1,7 @@
-"""Metrics: one JSON line per step, progress bars, seconds by phase, and warnings when training goes wrong.
+"""Metrics: one JSON line per step, progress bars, and seconds by phase.
 
 docs/metrics.md says what each number means and which values are healthy.
-Open this file to log elsewhere or to add a warning. A new number is logged where a stage computes it.
+Open this file to log elsewhere. A new number is logged where a stage computes it.
 """
 import contextlib
 import json
@@ -12,7 +12,6 @@ import resource
 import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -68,24 +67,19 @@ class Progress(tqdm):
         return lambda line: line.strip() and print(line, file=file, flush=True)
 
 
-class Clock:
-    """Seconds by phase: `with clock("generate"): ...` adds to clock.seconds["sec_generate"]."""
+@contextlib.contextmanager
+def clock(seconds, phase):
+    """Add the time of a `with` block to the dict: seconds["sec_generate"] for the phase "generate"."""
+    synchronize()
+    begin = time.perf_counter()
+    yield
+    synchronize()
+    seconds["sec_" + phase] = time.perf_counter() - begin
 
-    def __init__(self):
-        self.seconds = {}
 
-    @contextlib.contextmanager
-    def __call__(self, phase):
-        self.wait()
-        begin = time.perf_counter()
-        yield
-        self.wait()
-        self.seconds["sec_" + phase] = self.seconds.get("sec_" + phase, 0.0) + time.perf_counter() - begin
-
-    @staticmethod
-    def wait():
-        if CUDA:
-            torch.cuda.synchronize()
+def synchronize():
+    if CUDA:
+        torch.cuda.synchronize()
 
 
 class Metrics:
@@ -93,17 +87,16 @@ class Metrics:
 
     def __init__(self, out, steps, desc, show, engine=None, first=0):
         """first: the step of the next row. A resumed run keeps the rows before it."""
-        self.path, self.show, self.engine, self.warned = os.path.join(out, "metrics.jsonl"), show, engine, []
-        self.rows = []
+        self.path, self.show, self.engine, rows = os.path.join(out, "metrics.jsonl"), show, engine, []
         if rank() == 0:
             if first and os.path.exists(self.path):
                 with open(self.path) as f:
-                    self.rows = [json.loads(line) for line in f.readlines()[:first]]
-            if len(self.rows) < first:
+                    rows = f.readlines()[:first]
+            if len(rows) < first:
                 die(f"{self.path}: does not hold the steps before {first}; put it back, or do not --resume")
             with open(self.path, "w") as f:
-                f.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.begin = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
+                f.writelines(rows)
+        self.begin = time.time() - (json.loads(rows[-1])["seconds"] if rows else 0)
         self.bar = Progress(total=steps, initial=first, desc=desc)
 
     def log(self, step, **metrics):
@@ -112,36 +105,14 @@ class Metrics:
         row["peak_bytes"] = peak_bytes()
         bad = [k for k, v in row.items() if not math.isfinite(v)]
         if rank() == 0:
-            self.rows.append(row)
-            warnings = find_warnings(self.rows)
             with open(self.path, "a") as f:
-                f.write(json.dumps(row | (dict(warnings=warnings) if warnings else {})) + "\n")
-            for warning in set(warnings) - set(self.warned):
-                tqdm.write(f"warning: from step {step} on: {warning}", file=sys.stderr)
+                f.write(json.dumps(row) + "\n")
             if self.engine is not None and self.engine.monitor.enabled:
                 self.engine.monitor.write_events([(k, v, step) for k, v in row.items()])
             self.bar.set_postfix({k: f"{row[k]:.3g}" for k in self.show if k in row}, refresh=False)
-            self.warned = warnings
         self.bar.update()
         if bad or self.bar.n == self.bar.total:
             self.bar.close()
         if bad:
             die(f"{', '.join(bad)} at step {step} not finite, not saved; lower --lr, then --resume", code=1)
         return row
-
-
-def find_warnings(rows, window=10):
-    """What looks wrong in the last rows of a policy's training, one sentence each."""
-    found, now, late, early = [], rows[-1], rows[-window:], rows[-2 * window:][:window]
-    if "kl" in now and rows[:-1] and now["kl"] > 2 * np.mean([row["kl"] for row in rows[-6:-1]]) + 2:
-        found.append("KL spike: one update changed the policy a lot; if the KL stays high, lower --lr")
-    if "entropy" not in now or len(rows) < window:
-        return found
-    before, after = ({k: np.mean([row[k] for row in part]) for k in now} for part in (early, late))
-    if after["entropy"] < 0.02:
-        found.append("entropy collapse: the policy repeats one answer; raise --kl-coef or lower --lr")
-    if after["ended"] < 0.05:
-        found.append("endless: hardly any response ends; raise --max-new-tokens, or check that SFT data end")
-    if "gold" in now and after["gold"] < before["gold"] - 0.05 and after["q_mean"] > before["q_mean"]:
-        found.append("value hacking: value up, reward down; raise --kl-coef, or use tools/label.py")
-    return found

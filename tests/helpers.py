@@ -57,7 +57,7 @@ def example_frame(tok, pad_left=0):
         common.encode_response(tok, r)
         for r in ("the soup was great . the staff was rude .", "the wine was cold .")
     ]
-    ids, attn, mask = common.frame(prompts, responses, tok.pad_token_id)
+    ids, attn, mask = common.frame(prompts, responses)
     F = torch.nn.functional
     return prompts, responses, F.pad(ids, (pad_left, 0), value=tok.pad_token_id), F.pad(attn,
                                                                                         (pad_left, 0)), mask

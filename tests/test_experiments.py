@@ -64,9 +64,9 @@ def test_exact_values():
     trunk, ids = exact.Exact(None, tok), common.encode_prompt(tok, PROMPT)
     prefix = common.prepend_tau(tok, [(common.encode_prompt(tok, p), tok.convert_tokens_to_ids(w))
                                       for p, w in tau], [], 99, 99)
-    q = trunk(
-        *common.frame([ids, ids], [tok.convert_tokens_to_ids(words), [tok.eos_token_id]],
-                      tok.pad_token_id)[:2], len(words), head="gvm", cache=trunk.turns(prefix))
+    responses = [tok.convert_tokens_to_ids(words), [tok.eos_token_id]]
+    frame = common.frame([ids, ids], responses)[:2]
+    q = trunk(*frame, len(words), head="gvm", cache=trunk.turns(prefix))
     close(
         q,
         np.array([

@@ -50,7 +50,7 @@ def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
                 torch.nn.init.normal_(p, std=0.1)
         prompts, responses, ids, attn, mask = example_frame(tok)
         prefix = prompts[1] + responses[1]
-        long = common.frame([prefix + p for p in prompts], responses, tok.pad_token_id)
+        long = common.frame([prefix + p for p in prompts], responses)
         with torch.no_grad():
             tau = common.read_prefix(model, prefix, "gvm", "gvm", "cpu")
             for _ in range(2):
@@ -62,9 +62,10 @@ def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
                 model(*long[:2], mask.shape[1], "gvm", head="gvm")).abs().max() > 1e-3  # it does matter
 
 
-def test_eos_is_trained_although_pad_may_equal_eos():
+def test_eos_is_trained_although_it_may_be_the_filler():
+    """Masks come from lengths: token 0 fills the frame, and some tokenizers have it as eos."""
     tok = toy.tokenizer()
-    tok.pad_token = tok.eos_token
+    tok.eos_token = tok.convert_ids_to_tokens(0)
     _, responses, ids, attn, mask = example_frame(tok)
     for b, r in enumerate(responses):
         assert r[-1] == tok.eos_token_id and mask[b, len(r) - 1] and not mask[b, len(r):].any()

@@ -124,35 +124,6 @@ def test_lr_decay(case):
         assert not seen, seen
 
 
-CHANGES = [
-    (dict(), []),
-    (dict(entropy=0.0), ["entropy collapse"]),
-    (dict(ended=0.0), ["endless"]),
-    (dict(kl=9.0), ["KL spike"]),
-    (dict(kl=3.9), []),
-    (dict(gold=0.3, q_mean=0.2), ["value hacking"]),
-    (dict(gold=0.3), []),
-]
-
-
-@pytest.mark.parametrize(("change", "warnings"), CHANGES)
-def test_warnings(change, warnings):
-    """Each is printed once, when it begins, and stands in the rows for as long as it holds."""
-    os.makedirs(path("watch"), exist_ok=True)
-    good = dict(entropy=1.0, ended=1.0, length=9.0, kl=1.0, q_mean=0.0, gold=0.5)
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        metrics = common.Metrics(path("watch"), 25, "watch", ())
-        for step in range(25):
-            metrics.log(step, **(good if step < 10 else good | change))
-    assert err.getvalue().count("warning: ") == len(warnings), err.getvalue()
-    with open(path("watch/metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    assert not any("warnings" in row for row in rows[:10])
-    seen = {warning.split(":")[0] for row in rows for warning in row.get("warnings", [])}
-    assert seen == set(warnings)
-    assert ("from step 10 on: KL spike" in err.getvalue()) == (warnings == ["KL spike"])
-
-
 def test_progress_without_a_terminal():
     """Whole lines, and few of them."""
     with contextlib.redirect_stderr(io.StringIO()) as err:

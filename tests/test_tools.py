@@ -266,5 +266,5 @@ def test_judge():
     prompts = [common.encode_prompt(tok, PROMPT)] * 2
     responses = [common.encode_response(tok, t) for t in (good, bad)]
     with torch.no_grad():
-        want = ppo_baseline.scores(rm, *common.frame(prompts, responses, tok.pad_token_id, "cpu"))
+        want = ppo_baseline.scores(rm, *common.frame(prompts, responses, "cpu"))
     assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])

@@ -42,7 +42,6 @@ import torch
 import common
 import dvpo
 import ppo_baseline
-import runtime.memory
 
 
 def gpt2(vocab, width, layers, heads):
@@ -120,16 +119,16 @@ def child(method, folder, lengths, argv):
     engine, turns = common.deepspeed.DeepSpeedEngine, itertools.count()
     step, log, append_responses = engine.step, common.Metrics.log, common.append_responses
 
-    def append_shorter(ids, attn, response, mask, pad):
+    def append_shorter(ids, attn, response, mask):
         ends = mixed(next(turns) * common.world() + common.rank(), *mask.shape).to(mask.device)
         mask = mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None])
-        return append_responses(ids, attn, response, mask, pad)
+        return append_responses(ids, attn, response, mask)
 
     def timed_step(self, *a, **k):
-        common.Clock.wait()
+        common.synchronize()
         start = time.perf_counter()
         step(self, *a, **k)
-        common.Clock.wait()
+        common.synchronize()
         spent["optimizer"] += time.perf_counter() - start
 
     def log_and_wait(self, number, **metrics):
@@ -252,10 +251,10 @@ def machine(shape, rows):
     def best(f):
         times = []
         for _ in range(12):
-            common.Clock.wait()
+            common.synchronize()
             begin = time.perf_counter()
             f()
-            common.Clock.wait()
+            common.synchronize()
             times.append(time.perf_counter() - begin)
         return min(times)
 
@@ -337,10 +336,10 @@ def decode(a, shape):
         common.encode_prompt(tok, r["prompt"])[-a.prompt:]
         for r in common.read_rows(f"{world}/prompts_{a.prompt}.jsonl", [])[:a.batch_size]
     ]
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], tok.pad_token_id, device)
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)
     args = argparse.Namespace(max_new_tokens=a.new, temperature=1.0, static_cache=False)
     plain = dict(attention_mask=attn, max_new_tokens=a.new, eos_token_id=tok.eos_token_id,
-                 pad_token_id=tok.pad_token_id, top_k=0, top_p=1.0)
+                 pad_token_id=0, top_k=0, top_p=1.0)
 
     def ours(static):
         args.static_cache = static  # on CUDA with a graph
@@ -354,10 +353,10 @@ def decode(a, shape):
     with torch.no_grad():
         for _ in range(a.rounds + 1):
             for name, f in runs.items():
-                common.Clock.wait()
+                common.synchronize()
                 begin = time.perf_counter()
                 f()
-                common.Clock.wait()
+                common.synchronize()
                 seconds[name].append(time.perf_counter() - begin)
         args.temperature, _ = 1e-5, model.float()  # in bf16 the two best are often equal
         greedy = model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:,
@@ -403,11 +402,11 @@ def attention(a):
             torch.cuda.reset_peak_memory_stats()
         held, seconds = torch.cuda.memory_allocated() if CUDA else 0, []
         for _ in range(1 + a.rounds):
-            common.Clock.wait()
+            common.synchronize()
             begin = time.perf_counter()
             for k, v in layers:
                 f(k, v)
-            common.Clock.wait()
+            common.synchronize()
             seconds.append((time.perf_counter() - begin) / len(layers))
         out[way] = dict(seconds=statistics.median(seconds[1:]),
                         off=(f(k, v) - ways["enable_gqa, no mask"](k, v)).abs().max().item(),
@@ -429,8 +428,8 @@ class Sizes(common.LM):
         self.lm, self.heads, self.adapters = lm.to_empty(device=device), torch.nn.ModuleDict(), {}
 
 
-def bytes_per_token(shape, lora, checkpointed):
-    """What common.bytes_per_token would measure at full depth, from models of one layer and of two."""
+def activation_bytes(shape, lora, checkpointed):
+    """What common.activation_bytes would measure at full depth, from models of one layer and of two."""
     layers, seen = SHAPES[shape]["num_hidden_layers"], []
     for depth in (1, 2):
         model = Sizes(shape, depth, "cpu")
@@ -439,12 +438,12 @@ def bytes_per_token(shape, lora, checkpointed):
             model.add_adapter("policy", 8, 32)
         if checkpointed:
             model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        seen.append(runtime.memory.bytes_per_token(model))
+        seen.append(common.activation_bytes(model))
     one, two = seen
-    return {key: one[key] + (layers - 1) * (two[key] - one[key]) for key in one}
+    return one + (layers - 1) * (two - one)
 
 
-def plan(shape, method, ranks, zero, checkpointed, sizes, prompt, new):
+def plan(shape, method, ranks, zero, activation, prompt, new):
     """What memory_plan says on each of `ranks` GPUs."""
     layers = SHAPES[shape]["num_hidden_layers"]
     names = dict(ppo=("policy", "critic", "frozen"), dvpo=("policy", "frozen"), lora=("policy", ))[method]
@@ -456,7 +455,7 @@ def plan(shape, method, ranks, zero, checkpointed, sizes, prompt, new):
     else:
         models["frozen"].requires_grad_(False)
     args = argparse.Namespace(zero=zero, offload=False, out="out/bench/plan")
-    stand_ins = dict(world=lambda: ranks, all_max=lambda n: 0, bytes_per_token=lambda model: sizes)
+    stand_ins = dict(world=lambda: ranks, all_max=lambda n: 0, activation_bytes=lambda model: activation)
     with mock.patch.multiple("runtime.memory", **stand_ins), contextlib.redirect_stdout(io.StringIO()):
         common.memory_plan(models, args, 2, prompt + new, new, (8, prompt + new))
     with open("out/bench/plan/memory.json") as f:
@@ -468,9 +467,9 @@ def plans(prompt, new):
     gradient_checkpointing, total bytes per rank, plan}]. No model is made."""
     found = []
     for shape, method, checkpointed in itertools.product(("llama3-3b", "llama3-8b"), METHODS, (False, True)):
-        sizes = bytes_per_token(shape, method == "lora", checkpointed)
+        activation = activation_bytes(shape, method == "lora", checkpointed)
         for ranks, zero in ((1, 1), (8, 1), (8, 3)):
-            memory = plan(shape, method, ranks, zero, checkpointed, sizes, prompt, new)
+            memory = plan(shape, method, ranks, zero, activation, prompt, new)
             found.append(dict(shape=shape, method=method, ranks=ranks, zero=zero, total=memory["total"],
                               gradient_checkpointing=checkpointed, plan=memory["plan"]))
     return found

@@ -257,7 +257,7 @@ def local(args):
 
     def ask(question, responses):
         frame = common.frame([common.encode_prompt(tok, question)] * len(responses),
-                             [common.encode_response(tok, r) for r in responses], tok.pad_token_id, device)
+                             [common.encode_response(tok, r) for r in responses], device)
         with torch.no_grad():
             return dict(scores=ppo_baseline.scores(model, *frame).tolist())
 

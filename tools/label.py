@@ -1,17 +1,14 @@
-"""Sample a policy's answers and score them: labelled rows for train_gvm.py (the paper's instruction setting,
-section 5.2).
+"""Sample a policy's answers and score them: labelled rows for train_gvm.py (section 5.2 of the paper).
 
-    python tools/label.py   the toy's SFT model, scored by the gold reward
+    python tools/label.py                       the toy's SFT model, scored by the gold reward
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward FILE.py:function --to rows.jsonl
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward-model FOLDER_OR_ID --to rows.jsonl
-    python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl   then learns from both
+    python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl           learns from both
 
 Rows are {prompt, response, reward, policy}; policy is --name, with the temperature where that is not 1. A GVM
-that never saw the mistakes
-of the policy it guides is fooled by them: a few thousand rows of the SFT model itself, some at temperatures
-above 1, are cheap cover.
-Run it again to go on where it stopped. Beside --to stands the same as pairs, *_pairs.jsonl, for a reward
-model.
+that never saw the mistakes of the policy it guides is fooled by them. A few thousand rows of the SFT model
+itself, some at temperatures above 1, are a cheap remedy. Beside --to stands *_pairs.jsonl, the same rows as
+pairs for a reward model. The same command again continues an interrupted run.
 """
 import argparse
 import json
@@ -32,47 +29,52 @@ def score_with(path, device):
     """A sequence-classification checkpoint -> function(prompts, responses) -> list of floats."""
     from transformers import AutoModelForSequenceClassification
 
-    tok = common.load_tokenizer(path)
+    tok, only_safe = common.load_tokenizer(path), dict(use_safetensors=True, output_loading_info=True)
     try:
-        rm, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1,
-                                                                      use_safetensors=True,
-                                                                      output_loading_info=True)
+        rm, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **only_safe)
     except (OSError, ValueError) as e:
         common.die(common.missing_model(path, e))
     if info["missing_keys"]:
-        common.die(
-            f"--reward-model {path}: not a reward model, it has no weights for {sorted(info['missing_keys'])}"
-        )
+        missing = sorted(info["missing_keys"])
+        common.die(f"--reward-model {path}: not a reward model, it has no weights for {missing}")
     rm.to(device).eval()
-    rm.config.pad_token_id = tok.pad_token_id
+    rm.config.pad_token_id = int(tok.eos_token_id == 0)     # not eos: the head is read at the last non-pad
 
     def score(prompts, responses):
         rows = [common.encode_prompt(tok, p) + common.encode_response(tok, r)
                 for p, r in zip(prompts, responses, strict=True)]
-        # Right-padded: the head is read at the last real token.
-        ids, attn, _ = common.frame([[]] * len(rows), rows, tok.pad_token_id, device)
+        ids, attn, _ = common.frame([[]] * len(rows), rows, device)
+        ids = ids.masked_fill(attn == 0, rm.config.pad_token_id)
         return rm(ids, attention_mask=attn).logits[:, 0].tolist()
 
     return score
 
 
+def keep_whole_batches(path, n, batch_size):
+    """Number of rows in a file that an earlier run left, after taking off those of an incomplete batch."""
+    if not os.path.exists(path):
+        return 0
+    with open(path) as f:
+        lines = [line for line in f if line.endswith("\n")]
+    done = len(lines) if len(lines) >= n else len(lines) // batch_size * batch_size
+    with open(path, "w") as f:
+        f.writelines(lines[:done])
+    return done
+
+
 @torch.no_grad()
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
-    p.add_argument("--policy", default="out/tiny/sft/model",
-                   help="transformers folder or hub id to sample from")
-    p.add_argument("--prompts", default="data/toy/prompts.jsonl",
-                   help="rows {prompt}; they are gone through in turn")
-    p.add_argument("--reward", default="data/toy.py:gold_reward",
-                   help="FILE.py:function(prompt, response) -> float")
-    p.add_argument("--reward-model", default=None,
-                   help="sequence-classification checkpoint with one label, in place of --reward")
-    p.add_argument("--to", default="out/tiny/sft/labelled.jsonl", help="file to write, or to go on with")
-    p.add_argument("--name", default=None, help="policy name in the rows (default: the folder's own name)")
+    p.add_argument("--policy", default="out/tiny/sft/model", help="transformers folder or hub id to sample")
+    p.add_argument("--prompts", default="data/toy/prompts.jsonl", help="rows {prompt}, taken in order")
+    p.add_argument("--reward", default="data/toy.py:gold_reward", help="FILE.py:function(prompt, response)")
+    p.add_argument("--reward-model", help="sequence-classification checkpoint, in place of --reward")
+    p.add_argument("--to", default="out/tiny/sft/labelled.jsonl", help="file to write, or to continue")
+    p.add_argument("--name", help="policy name in the rows (default: the folder's own name)")
     p.add_argument("--n", type=int, default=5000, help="rows in all")
     p.add_argument("--batch-size", type=int, default=64, help="rows per forward pass")
     p.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 1.4, 1.8],
-                   help="gone through batch by batch; above 1 makes more mistakes")
+                   help="one per batch, in turn; above 1 makes more mistakes")
     p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
     p.add_argument("--static-cache", action="store_true", help="as in dvpo.py")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
@@ -87,40 +89,28 @@ def main(argv=None):
     else:
         reward = common.load_function(args.reward)
 
-        def score(ps, rs):
-            return [float(reward(p, r)) for p, r in zip(ps, rs, strict=False)]
+        def score(prompts, responses):
+            return [reward(p, r) for p, r in zip(prompts, responses, strict=True)]
 
-    name = args.name or os.path.basename(
-        os.path.dirname(os.path.abspath(args.policy)) if os.path.basename(args.policy) ==
-        "model" else args.policy)
-
+    *_, parent, folder = os.path.abspath(args.policy).split(os.sep)
+    name = args.name or (parent if folder == "model" else folder)               # out/tiny/sft/model: sft
     os.makedirs(os.path.dirname(os.path.abspath(args.to)), exist_ok=True)
-    done = 0
-    if os.path.exists(args.to):  # keep whole batches only: a killed run may have cut one
-        with open(args.to) as f:
-            lines = [line for line in f if line.endswith("\n")]
-        done = len(lines) if len(lines) >= args.n else len(lines) // args.batch_size * args.batch_size
-        with open(args.to, "w") as f:
-            f.writelines(lines[:done])
+    done = keep_whole_batches(args.to, args.n, args.batch_size)
     with open(args.to, "a") as f, common.Progress(total=args.n, initial=done, desc="label") as bar:
         for start in range(done, args.n, args.batch_size):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
-            torch.manual_seed(args.seed * 1_000_003 +
-                              start)  # of the batch, so that going on gives the same rows
-            mine = [
-                prompts[i % len(prompts)]["prompt"]
-                for i in range(start, min(start + args.batch_size, args.n))
-            ]
-            ids, attn, mask, ended = dvpo.rollout(policy, [common.encode_prompt(tok, p) for p in mine], tok,
-                                                  args, device)
+            heat = f"-T{args.temperature:g}" if args.temperature != 1 else ""
+            index = range(start, min(start + args.batch_size, args.n))
+            batch = [prompts[i % len(prompts)]["prompt"] for i in index]
+            torch.manual_seed(args.seed * 1_000_003 + start)    # of the batch: a continued run is the same
+            encoded = [common.encode_prompt(tok, p) for p in batch]
+            ids, _, mask, _ = dvpo.rollout(policy, encoded, tok, args, device)
             texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
-            f.writelines(
-                json.dumps(
-                    dict(prompt=p, response=t, reward=s, policy=name +
-                         (f"-T{args.temperature:g}" if args.temperature != 1 else ""))) + "\n"
-                for p, t, s in zip(mine, texts, score(mine, texts), strict=False))
+            for prompt, text, number in zip(batch, texts, score(batch, texts), strict=True):
+                row = dict(prompt=prompt, response=text, reward=number, policy=name + heat)
+                f.write(json.dumps(row) + "\n")
             f.flush()
-            bar.update(len(mine))
+            bar.update(len(batch))
     with open(args.to) as f:
         pairs = pair_up([json.loads(line) for line in f], np.random.default_rng(args.seed))
     with open(args.to.removesuffix(".jsonl") + "_pairs.jsonl", "w") as f:

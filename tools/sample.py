@@ -1,11 +1,10 @@
 """Talk to any checkpoint, or let it answer a file of prompts in AlpacaEval's output format.
 
-    python tools/sample.py --policy out/tiny/dvpo/model   prompt by prompt, until an empty line
+    python tools/sample.py --policy out/tiny/dvpo/model         prompt by prompt, until an empty line
     python tools/sample.py --policy FOLDER_OR_ID --prompts FILE.jsonl --to answers.json
-        [{instruction, output, generator}, ...]
 
-Prompts are rows {prompt} (or {instruction}); the answers use the same template, rollout and sampling as
-training does.
+Prompts are rows {prompt} or {instruction}; answers are [{instruction, output, generator}, ...]. Template,
+rollout and sampling are those of training.
 """
 import argparse
 import os
@@ -20,7 +19,7 @@ import dvpo
 
 
 def answers(policy, tok, prompts, args, device):
-    """One sampled answer a prompt (strings or messages) -> list of strings."""
+    """One sampled answer per prompt (strings or messages) -> list of strings."""
     ids, _, mask, _ = dvpo.rollout(policy, [common.encode_prompt(tok, p) for p in prompts], tok, args, device)
     return [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
 
@@ -28,19 +27,18 @@ def answers(policy, tok, prompts, args, device):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("--policy", default="out/tiny/dvpo/model", help="transformers folder or hub id")
-    p.add_argument("--prompts", default=None, help="JSON lines with prompt or instruction; without it, talk")
+    p.add_argument("--prompts", help="JSON lines with prompt or instruction; without it, talk")
     p.add_argument("--to", default="answers.json", help="file to write")
-    p.add_argument("--generator", default=None, help="name in the file (default: --policy)")
+    p.add_argument("--generator", help="name in the file (default: --policy)")
     p.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
     p.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer at most")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits; near 0 is greedy")
     p.add_argument("--static-cache", action="store_true", help="as in dvpo.py")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
-    if args.temperature <= 0 or args.batch_size < 1 or args.max_new_tokens < 1:
-        common.die(
-            "--temperature, --batch-size and --max-new-tokens must be above 0; --temperature 1e-4 is greedy")
-    rows = args.prompts and common.read_rows(args.prompts, [])
+    if min(args.temperature, args.batch_size, args.max_new_tokens) <= 0:
+        common.die("--temperature, --batch-size, --max-new-tokens: above 0; greedy: --temperature 1e-4")
+    rows = args.prompts and common.read_rows(args.prompts, ["prompt"], ["instruction"])
     tok, policy = common.load_tokenizer(args.policy), common.load_model(args.policy, trainable=False).eval()
     device = next(policy.parameters()).device
     context = getattr(policy.lm.config, "max_position_embeddings", None) or 1 << 20
@@ -52,18 +50,13 @@ def main(argv=None):
         while prompt := input("> ").strip():
             print(answers(policy, tok, [prompt], args, device)[0])
         return
-    prompts, out = [], []
-    for i, row in enumerate(rows):
-        if "prompt" not in row and "instruction" not in row:
-            common.die(f"{args.prompts}:{i + 1}: needs the key prompt or instruction")
-        prompts.append(row.get("prompt", row.get("instruction")))
+    prompts, out = [row.get("prompt", row.get("instruction")) for row in rows], []
     for i in common.Progress(range(0, len(prompts), args.batch_size), desc="sample"):
-        mine = prompts[i:i + args.batch_size]
-        texts = [q if isinstance(q, str) else q[-1]["content"] for q in mine]
-        out += [
-            dict(instruction=q, output=a, generator=args.generator or args.policy)
-            for q, a in zip(texts, answers(policy, tok, mine, args, device), strict=False)
-        ]
+        batch = prompts[i:i + args.batch_size]
+        for prompt, answer in zip(batch, answers(policy, tok, batch, args, device), strict=True):
+            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            name = args.generator or args.policy
+            out.append(dict(instruction=question, output=answer, generator=name))
     common.write_json(args.to, out)
     print(f"wrote {len(out)} answers to {args.to}")
 

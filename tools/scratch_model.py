@@ -1,5 +1,4 @@
-"""A small GPT-2 with random weights and a byte-level BPE tokenizer of your own text: a start without access
-to the hub.
+"""A small GPT-2 with random weights and a byte-level BPE tokenizer of your own text: a start without the hub.
 
     python tools/scratch_model.py --data FILE.jsonl[.gz] [FILE ...] --out out/scratch
     python sft.py --model out/scratch --data FILE.jsonl ...             then trains it, from nothing
@@ -21,32 +20,31 @@ import common
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
 TEMPLATE = (
-    "<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ "
-    "m.content }}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}")
+    "<bos>{% for m in messages %}"
+    "{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>{{ m.content }}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
 def texts(paths):
     """Every text in the rows of the files; messages give theirs one by one."""
     for path in paths:
-        rows = common.read_rows(path, [])
-        for i in common.Progress(range(len(rows)), desc=os.path.basename(path), mininterval=1.0):
+        for row in common.Progress(common.read_rows(path, []), desc=os.path.basename(path)):
             for key in ("prompt", "response", "chosen", "rejected"):
-                value = rows[i].get(key, "")
+                value = row.get(key, "")
                 yield from [value] if isinstance(value, str) else [m["content"] for m in value]
 
 
 def tokenizer(paths, vocab, context):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(
-        texts(paths),
-        trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>",
-                                   eos_token="<eos>", chat_template=TEMPLATE,
-                                   additional_special_tokens=SPECIAL[3:], model_max_length=context,
-                                   clean_up_tokenization_spaces=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=alphabet,
+                                  show_progress=False)
+    core.train_from_iterator(texts(paths), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        additional_special_tokens=SPECIAL[3:], chat_template=TEMPLATE, model_max_length=context,
+        clean_up_tokenization_spaces=False)
 
 
 def main(argv=None):
@@ -64,11 +62,12 @@ def main(argv=None):
         common.die(f"--width {args.width}: must be a multiple of --heads {args.heads}")
     tok = tokenizer(args.data, args.vocab, args.context)
     torch.manual_seed(args.seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tok), n_positions=args.context, n_embd=args.width, n_layer=args.layers,
-                   n_head=args.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                   activation_function="gelu_pytorch_tanh", bos_token_id=tok.bos_token_id,
-                   eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    config = GPT2Config(
+        vocab_size=len(tok), n_positions=args.context, n_embd=args.width, n_layer=args.layers,
+        n_head=args.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh", bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    model = GPT2LMHeadModel(config)
     model.save_pretrained(args.out)
     tok.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tok):,} tokens")
