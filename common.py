@@ -44,7 +44,7 @@ from runtime.rows import batch_indices, load_function, read_rows
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.json")
 
 # ------------------------------------------------------------------------------------------------------------
 # Presets and flags. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead.
@@ -102,7 +102,7 @@ def flags(doc, argv, *stages):
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     p.add_argument("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
-    p.add_argument("--ds-config", default=os.path.join(HERE, "ds_config.json"), help="DeepSpeed's settings")
+    p.add_argument("--ds-config", default=DS_CONFIG, help="DeepSpeed's settings")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # from the launcher
     return p, d
 
@@ -244,6 +244,14 @@ class LM(nn.Module):
         at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(max=length - 1)      # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
+    def logits(self, h):
+        """(N, D) -> (N, V), with the scale (Cohere, Granite) or cap (Gemma 2) of the configuration."""
+        config, logits = self.lm.config.get_text_config(), self.lm.get_output_embeddings()(h)
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        logits = logits if scale == 1 else logits * scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at the T+1 states.
 
@@ -256,7 +264,8 @@ class LM(nn.Module):
             return self.heads[head](h).squeeze(-1)
         real = attn[:, -T:].flatten().nonzero().squeeze(1)      # lm_head, most expensive, sees no padding
         h, targets = h[:, :-1].flatten(0, 1)[real], ids[:, -T:].flatten()[real]
-        logp = token_logp(h, targets, self.lm.get_output_embeddings(), temperature)
+        sharded = hasattr(self.lm.get_output_embeddings().weight, "ds_id")
+        logp = token_logp(h, targets, self.logits, temperature, sharded)
         return logp.new_zeros(len(ids) * T).index_copy(0, real, logp).view(-1, T)
 
 
@@ -283,18 +292,18 @@ class TokenLogp(torch.autograd.Function):
         return logits.copy_(p.scatter_add_(1, targets[:, None], grad)).detach(), None, None
 
 
-def token_logp(hidden, targets, lm_head, temperature=1.0):
-    """log softmax(lm_head(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,).
+def token_logp(hidden, targets, logits, temperature=1.0, sharded=False):
+    """log softmax(logits(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,).
 
     In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits are never whole.
     A single chunk is kept instead, as its backward pass would hold it anyway.
     """
     n = max(1, -(-len(targets) // CHUNK))
-    if hasattr(lm_head.weight, "ds_id"):                # ZeRO-3 gathers the head at each call, on all ranks
+    if sharded:                                         # ZeRO-3 gathers the head at each call, on all ranks
         n = all_max(n)
 
     def logp(h, y):
-        return TokenLogp.apply(lm_head(h), y, temperature)
+        return TokenLogp.apply(logits(h), y, temperature)
 
     parts = []
     for h, y in zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True):
@@ -336,8 +345,7 @@ class Decoder:
 
     def __init__(self, model, ids, attn, adapter=None):
         model.switch(adapter)
-        self.trunk, self.head = model.lm.base_model, model.lm.get_output_embeddings()
-        self.cache = DynamicCache()
+        self.model, self.trunk, self.cache = model, model.lm.base_model, DynamicCache()
         self.mask = None if attn.all() else attn        # prompts of one length need no mask
         self.positions = (attn.cumsum(1) - 1).clamp(min=0)
         self.logits = self.step(ids)
@@ -345,7 +353,7 @@ class Decoder:
     def step(self, ids):
         h = self.trunk(input_ids=ids, attention_mask=self.mask, position_ids=self.positions,
                        past_key_values=self.cache, use_cache=True).last_hidden_state
-        return self.head(h[:, -1]).float()
+        return self.model.logits(h[:, -1]).float()
 
     def __call__(self, token):
         self.mask = None if self.mask is None else F.pad(self.mask, (0, 1), value=1)
@@ -372,11 +380,11 @@ def load_model(path, trainable=True, recompute=False):
     model = LM(lm.requires_grad_(trainable)).to("cuda" if CUDA else "cpu")
     if recompute:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    with torch.no_grad():                               # token_logp knows no soft cap or scale: compare a row
+    with torch.no_grad():                               # LM.logits may lack what this one does: compare a row
         ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size
         logp = lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16
-            die(f"{path}: this architecture changes the logits after its head; add that to token_logp first")
+            die(f"{path}: this architecture changes the logits after its head; add that to LM.logits first")
     return model
 
 
@@ -411,13 +419,13 @@ def ds_config(args, model, rows, accum=1):
     except (OSError, ValueError) as e:
         die(f"--ds-config {args.ds_config}: {e}")
     decided = dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
-    for key in {"train_batch_size", "optimizer", "scheduler", "fp16", *decided} & set(config):
-        die(f"--ds-config {args.ds_config}: {key}: the flags decide that; take it out of the file")
-    if "stage" in config.setdefault("zero_optimization", {}):
-        die(f"--ds-config {args.ds_config}: zero_optimization.stage: --zero decides that; take it out")
-    config["zero_optimization"]["stage"] = args.zero
+    zero = config.setdefault("zero_optimization", {})
+    ours = {"train_batch_size", "optimizer", "scheduler", "fp16", "stage", *decided}
+    if taken := ours & {*config, *zero}:
+        die(f"--ds-config {args.ds_config}: {', '.join(sorted(taken))}: the flags decide that; take it out")
+    zero["stage"] = args.zero
     if args.offload:                                    # with torch's own AdamW, which needs no compiler
-        config["zero_optimization"]["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
+        zero["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
         config["zero_force_ds_cpu_optimizer"] = False
     return config | decided | dict(bf16=dict(enabled=next(model.parameters()).dtype == torch.bfloat16))
 
@@ -578,8 +586,8 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
         ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, device, adapter)
         logp = policy(ids, attn, mask.shape[1], adapter, temperature=args.temperature)
         ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
-        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean())
-        found["ended"] = ended.float().mean()
+        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(),
+                     ended=ended.float().mean())
         if reward:
             texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
             found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])

@@ -257,7 +257,7 @@ def main(argv=None):
             values = common.forward_in_micro_batches(critic, *rows, head="critic")[:, :-1]          # (B, T)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
             if reward:                                                                              # (B,)
-                score = [float(reward(data[i]["prompt"], t)) for i, t in zip(index, texts, strict=True)]
+                score = [reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)]
                 score = torch.tensor(score, device=device)
             else:
                 score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")

@@ -6,6 +6,7 @@ Open this file to allow another key or format, or to see why a row is refused or
 import collections
 import gzip
 import json
+import numbers
 import os
 import runpy
 import sys
@@ -69,12 +70,17 @@ def check_row(line, kinds):
             raise ValueError(f"{key} must be a string, not {str(text)[:40]!r}")
         text.encode()                                   # fails on half a character
     if "reward" in keys:
-        reward, most = row["reward"], float(np.finfo(np.float32).max)
-        if type(reward) not in (int, float) or not -most <= reward <= most:
-            raise ValueError(f"the reward must be a finite number, in float32 too, not {str(reward)[:40]!r}")
+        if not is_finite_number(row["reward"]):
+            raise ValueError(f"the reward must be a finite number, not {str(row['reward'])[:40]!r}")
     if not texts["prompt"].strip():
         return row, keys, "an empty prompt"
     return row, keys, "two equal answers" if "chosen" in keys and row["chosen"] == row["rejected"] else None
+
+
+def is_finite_number(x):
+    """Whether x is a number that is finite in float32 too; True and "1" are none."""
+    most = float(np.finfo(np.float32).max)
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and bool(-most <= x <= most)
 
 
 def prompt_text(prompt):
@@ -101,7 +107,10 @@ def batch_indices(n, size, step, seed):
 
 
 def load_function(spec):
-    """`FILE.py:function` -> the function; "" -> None. What it raises, KeyError aside, ends the run."""
+    """`FILE.py:function` -> the function, checked at every call to return a finite number; "" -> None.
+
+    What it raises ends the run in one line, but for KeyError: the value of these arguments is not known.
+    """
     if not spec:
         return None
     path, _, name = spec.rpartition(":")
@@ -113,12 +122,16 @@ def load_function(spec):
 
     def call(*values):
         try:
-            return function(*values)
+            number = function(*values)
         except KeyError:
             raise
         except Exception as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
             error = f"{type(e).__name__} in line {line}: {str(e)[:200]}"
             die(f"{spec}: {error}; fix it, or give '' for none", all_ranks=True)
+        if not is_finite_number(number):
+            asked = f"{spec}: returned {str(number)[:40]!r} for the prompt {str(values[0])[:80]!r}"
+            die(f"{asked}; it must return a finite number", all_ranks=True)
+        return float(number)
 
     return call

@@ -1,5 +1,6 @@
 """Wrong data, flags and folders end in one line on stderr that says what to fix, with exit code 2."""
 import gzip
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import dvpo
 import ppo_baseline
 import sft
 import train_gvm
+from tools import judge, label
 
 SFT_ROW = j(prompt="a", response="b")
 GVM_ROW = j(prompt="a", response="b", reward=1, policy="p")
@@ -110,7 +112,7 @@ FLAGS = [
     ("--init-from TMP/toy/model", "trained on another trunk"),
     ("--ds-config TMP/ds_broken.json", "ds_broken.json"),
     ("--ds-config TMP/ds_batch.json", "train_batch_size"),
-    ("--ds-config TMP/ds_stage.json", "zero_optimization.stage"),
+    ("--ds-config TMP/ds_stage.json", "ds_stage.json: stage"),
     ("--ds-config TMP/ds_fp16.json", "fp16"),
     ("--out TMP/a_file", "a_file"),
     ("--out /proc/nothing", "/proc/nothing"),
@@ -138,6 +140,35 @@ def broken_folders():
 def test_broken_flags(broken_folders, flags, word):
     flags = flags.replace("TMP", path()).split()
     refused(lambda: dvpo.main(["--gvm", path("gvm/model"), *RL, "--out", path("x"), *flags]), word)
+
+
+ANSWERS = ["None", "'0.5'", "True", "float('nan')", "1e308", "[0.5]"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("program", [dvpo, ppo_baseline, label, judge])
+def test_what_a_reward_function_returns(program, answer):
+    """One line names the function, what it returned, and for which prompt."""
+    world()
+    with open(path("odd_reward.py"), "w") as f:
+        f.write(f"def reward(prompt, response):\n    return {answer}\n")
+    with open(path("odd_answers.json"), "w") as f:
+        json.dump([dict(instruction="review the wine .", output="the wine was great .", generator="a")], f)
+    gvm = ["--gvm", path("gvm/model")] if program is dvpo else []
+    argv = [*gvm, *RL, "--out", path("x")]
+    if program is label:
+        argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", path("odd")]
+    if program is judge:
+        argv = [path("odd_answers.json"), path("odd_answers.json"), "--to", path("odd_verdicts.jsonl")]
+    returned = str(eval(answer))
+    refused(lambda: program.main([*argv, "--reward", path("odd_reward.py:reward")]),
+            "odd_reward.py:reward: returned", returned, "review", "finite number")
+
+
+def test_reward_of_numpy_is_a_number():
+    with open(path("numpy_reward.py"), "w") as f:
+        f.write("import numpy as np\ndef reward(prompt, response):\n    return np.float32(0.5)\n")
+    assert common.load_function(path("numpy_reward.py:reward"))("a", "b") == 0.5
 
 
 MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/toy.py"), ("TMP", "no such")]

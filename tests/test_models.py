@@ -4,7 +4,9 @@ import json
 from unittest import mock
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from helpers import (
     GVM,
     PROMPT,
@@ -118,6 +120,38 @@ def test_llama_and_mistral_through_all_stages(kind):
                        ids[:, P:] * mask)
 
 
+def test_no_word_is_lost_to_a_pad_token():
+    """GPT-2's tokenizer has neither pad nor spare tokens: what SFT saves must decode all the words it had."""
+    world()
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=core.pre_tokenizer.alphabet())
+    core.train_from_iterator(["what a soup !"], trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(path("no_pad"))
+    tok = common.load_tokenizer(path("no_pad"))
+    common.save_model(common.load_model(quirky_model("llama")), tok, path("no_pad_saved"))
+    ids = tok("what a soup!")["input_ids"]
+    assert 0 in ids                                         # "!", which fills frames
+    assert common.load_tokenizer(path("no_pad_saved")).decode(ids, skip_special_tokens=True) == "what a soup!"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings():
+    """A pad added behind the vocabulary has no embedding, and needs none."""
+    world()
+    tok = common.load_tokenizer(path("sft/model"))
+    tok.add_special_tokens(dict(pad_token="<behind>"))
+    model = common.load_model(path("sft/model"))
+    assert tok.pad_token_id >= model.lm.get_input_embeddings().num_embeddings
+    model.lm.save_pretrained(path("more_ids"))
+    tok.save_pretrained(path("more_ids"))
+    data = ("--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"))
+    flags = ("--init-from", path("more_ids"), "--reward", "", "--max-steps", "2")
+    rows = run(sft, *flags, *data, "--out", path("more_ids_sft"))
+    assert len(rows) == 2
+
+
 @pytest.mark.parametrize("what", ["tokenizer", "trunk"])
 def test_gvm_of_another_model_is_refused(what):
     world()
@@ -131,15 +165,46 @@ def test_gvm_of_another_model_is_refused(what):
     refused(lambda: dvpo.main(argv), f"trained on another {what}", "train_gvm.py")
 
 
+SCALED = [("Cohere", dict(logit_scale=0.3)), ("Granite", dict(logits_scaling=4.0)),
+          ("Gemma2", dict(final_logit_softcapping=1.0, head_dim=8))]
+
+
+@pytest.mark.parametrize(("name", "more"), SCALED)
+def test_logits_behind_a_scale_or_a_cap(name, more):
+    """Scores, gradients and decoding are those of the model's own forward."""
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=1.0, **more)
+    getattr(transformers, name + "ForCausalLM")(config).save_pretrained(path(name))
+    model, rows = common.load_model(path(name)).eval(), torch.randint(3, 64, (2, 9))
+    want = model.lm(rows).logits[:, 4:-1].log_softmax(-1).gather(-1, rows[:, 5:, None])[..., 0]
+    want_gradients = torch.autograd.grad(want.sum(), list(model.lm.parameters()))
+    for common.CHUNK in (3, 1024):
+        logp = model(rows, torch.ones_like(rows), 4)
+        close(logp, want, 1e-5)
+        gradients = torch.autograd.grad(logp.sum(), list(model.lm.parameters()))
+        for a, b in zip(gradients, want_gradients, strict=True):
+            close(a, b, 1e-4)
+    decode = common.Decoder(model, rows[:, :5], torch.ones(2, 5, dtype=torch.long))
+    close(decode.logits, model.lm(rows[:, :5]).logits[:, -1], 1e-5)
+    decode(rows[:, 5])
+    close(decode.logits, model.lm(rows[:, :6]).logits[:, -1], 1e-5)
+
+
 def test_models_that_would_train_on_wrong_numbers_are_refused():
     world()
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    folder = path("unknown_scale")
+    common.load_model(path("sft/model")).lm.save_pretrained(folder)
+    plain = transformers.GPT2LMHeadModel.forward
 
-    Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                     num_attention_heads=2, num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.0,
-                     initializer_range=1.0)).save_pretrained(path("gemma"))
-    refused(lambda: common.load_model(path("gemma")), "changes the logits after its head")
+    def scaled(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    with mock.patch("transformers.GPT2LMHeadModel.forward", scaled):
+        refused(lambda: common.load_model(folder), "changes the logits after its head")
     flags = ("--gvm", path("gvm/model"), *RL, "--out", path("x"))
     refused(lambda: dvpo.main([*flags, "--max-new-tokens", "200"]), "positions", "256")
     refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")

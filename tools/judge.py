@@ -246,7 +246,7 @@ def local(args):
     """--reward or --rm -> ask(question, responses)."""
     if args.reward:
         reward = common.load_function(args.reward)
-        return lambda question, responses: dict(scores=[float(reward(question, r)) for r in responses])
+        return lambda question, responses: dict(scores=[reward(question, r) for r in responses])
     import torch
 
     import ppo_baseline
