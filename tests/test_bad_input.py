@@ -157,7 +157,7 @@ def test_what_a_reward_function_returns(program, answer):
     gvm = ["--gvm", path("gvm/model")] if program is dvpo else []
     argv = [*gvm, *RL, "--out", path("x")]
     if program is label:
-        argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", path("label_x")]
+        argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", path("labels")]
     if program is judge:
         argv = [path("odd_answers.json"), path("odd_answers.json"), "--to", path("odd_verdicts.jsonl")]
     returned = str(eval(answer))
