@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 
 # isort: off
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
-from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
+from runtime.checkpoints import Checkpoints, load_adapter, missing_model, positions, save_adapter, save_model
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, activation_bytes, memory_plan
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes
@@ -96,6 +96,13 @@ def flags(doc, argv, *stages):
     d = argparse.Namespace(out=f"out/{os.path.basename(os.path.normpath(model))}", **preset)
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
+    shares, context = dict(max_length=1, max_prompt_length=2, max_new_tokens=2), positions(d.id)
+    for key, share in shares.items():                   # defaults that fit into the model's context
+        if vars(d).get(key, 0) > context // share:
+            setattr(d, key, context // share)
+            if os.environ.get("RANK", "0") == "0":
+                flag = f"--{key.replace('_', '-')} {context // share}"
+                print(f"{d.id} has {context} positions: {flag}, unless you set it", file=sys.stderr)
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
     p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
     p.add_argument("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
@@ -386,18 +393,6 @@ def load_model(path, trainable=True, recompute=False):
         if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16
             die(f"{path}: this architecture changes the logits after its head; add that to LM.logits first")
     return model
-
-
-def missing_model(path, error):
-    """The error message for a model that cannot be loaded: where it would come from."""
-    if os.path.isdir(path):
-        return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
-    if path.startswith(("out", "data")):                # out/MODEL/STAGE/model
-        parts = [*os.path.normpath(path).split(os.sep), "", ""]
-        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2], "data/toy.py")
-        return f"{path}: no model there; make it with: python {stage} --model {parts[1]}"
-    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
-            "accept its licence there, or give --model a local folder")
 
 
 def check_context(model, tokens, flags):

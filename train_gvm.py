@@ -222,21 +222,21 @@ def evaluate(gvm, tok, data, args, device):
         out["true_q"] = dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
     common.write_json(os.path.join(args.out, "eval.json"), out)
     if common.rank() == 0:
-        print(report(out))
+        report(out)
     return out
 
 
 def report(result):
-    """Table 4 and the policies' values as text."""
+    """Print table 4 and the policies' values."""
     accuracy = "  ".join(f"{name} {value:.3f}" for name, value in result["accuracy"].items())
-    lines = [f"accuracy over {result['pairs']} pairs:  {accuracy}"]
+    print(f"accuracy over {result['pairs']} pairs:  {accuracy}")
     for name, about in result["policies"].items():
-        lines.append(f"{name:>24}: mean reward {about['mean_reward']:+.3f}   V(s_0 | tau) {about['v0']:+.3f}")
-    order = "right" if result["v0_ranks_all_policies"] else "not right"
-    lines.append(f"V(s_0 | tau) and mean rewards: correlation {result['v0_correlation']:.3f}, order {order}")
+        print(f"{name:>24}: mean reward {about['mean_reward']:+.3f}   V(s_0 | tau) {about['v0']:+.3f}")
+    if len(result["policies"]) > 1:
+        order = "right" if result["v0_ranks_all_policies"] else "not right"
+        print(f"V(s_0 | tau) and mean rewards: correlation {result['v0_correlation']:.3f}, order {order}")
     for name, value in result.get("true_q", {}).items():
-        lines.append(f"true value of each token: {name} {value:.3f}")
-    return "\n".join(lines)
+        print(f"true value of each token: {name} {value:.3f}")
 
 
 def colour(text, x):

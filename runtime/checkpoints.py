@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from runtime.processes import all_max, barrier, die, finish, gathered, new_folder, rank, world, write_json
 
@@ -170,3 +171,23 @@ def check_sums(folder):
     """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
     paths = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.name != "files.json"]
     return {str(p.relative_to(folder)): [p.stat().st_size, zlib.crc32(np.memmap(p, mode="r"))] for p in paths}
+
+
+def positions(path):
+    """Tokens that the model in a local folder can hold; 2^30 where no model is, or none are named."""
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isdir(path):
+            return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or 1 << 30
+    return 1 << 30
+
+
+def missing_model(path, error):
+    """The error message for a model that cannot be loaded: where it would come from."""
+    if os.path.isdir(path):
+        return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
+    if path.startswith(("out", "data")):                # out/MODEL/STAGE/model
+        parts = [*os.path.normpath(path).split(os.sep), "", ""]
+        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2], "data/toy.py")
+        return f"{path}: no model there; make it with: python {stage} --model {parts[1]}"
+    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
+            "accept its licence there, or give --model a local folder")
