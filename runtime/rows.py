@@ -123,15 +123,15 @@ def load_function(spec):
     def call(*values):
         try:
             number = function(*values)
+            if is_finite_number(number):
+                return float(number)
+            error = f"returned {str(number)[:40]!r}, which is no finite number,"
         except KeyError:
             raise
         except Exception as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
-            error = f"{type(e).__name__} in line {line}: {str(e)[:200]}"
-            die(f"{spec}: {error}; fix it, or give '' for none", all_ranks=True)
-        if not is_finite_number(number):
-            asked = f"{spec}: returned {str(number)[:40]!r} for the prompt {str(values[0])[:80]!r}"
-            die(f"{asked}; it must return a finite number", all_ranks=True)
-        return float(number)
+            error = f"{type(e).__name__} in line {line}: {str(e)[:200]},"
+        prompt = str(values[0])[:80]
+        die(f"{spec}: {error} for the prompt {prompt!r}; fix it, or give '' for none", all_ranks=True)
 
     return call
