@@ -531,12 +531,15 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
     """tau, a list of (prompt ids, response ids), in front of a prompt; responses cut to tau_length tokens.
 
     Pairs that do not fit into `room` tokens, prompt included, are left out.
+    -> ids, [(number of the pair, where its response begins, where it ends)].
     """
-    prefix = []
-    for p, r in tau:
-        longer = append_to_prefix(tok, prefix, p) + r[:tau_length]
-        prefix = longer if len(longer) + len(prompt) <= room else prefix
-    return append_to_prefix(tok, prefix, prompt)
+    prefix, spans = [], []
+    for k, (p, r) in enumerate(tau):
+        longer, r = append_to_prefix(tok, prefix, p), r[:tau_length]
+        if len(longer) + len(r) + len(prompt) <= room:
+            spans.append((k, len(longer), len(longer) + len(r)))
+            prefix = longer + r
+    return append_to_prefix(tok, prefix, prompt), spans
 
 
 def frame(prompts, responses, device="cpu"):

@@ -178,7 +178,8 @@ def main(argv=None):
             # 3. value, given tau: some of the policy's own latest answers, read once for all rows
             rng = np.random.default_rng([args.seed, step, common.rank()])
             tau = draw_tau(buffer or (prompts, responses), tau_pairs, rng)
-            tau_ids = common.prepend_tau(tok, tau, [], tau_room - max(map(len, prompts)), meta["tau_length"])
+            room = tau_room - max(map(len, prompts))
+            tau_ids, _ = common.prepend_tau(tok, tau, [], room, meta["tau_length"])
             cache = common.read_prefix(trunk, tau_ids, "gvm", "gvm", device)
             after_tau = [common.append_to_prefix(tok, tau_ids, p)[len(tau_ids):] for p in prompts]  # one bos
             gvm_ids, gvm_attn, _ = common.frame(after_tau, responses, device)

@@ -37,6 +37,7 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common
 
@@ -76,20 +77,19 @@ def parse_args(argv=None):
 
 # The loss
 
-def td_targets(q, score, mask, gamma, lam):
-    """TD(lambda) targets: q (B, T), score (B,), mask (B, T) -> (B, T), 0 outside the mask.
+def td_targets(q, score, gamma, lam):
+    """TD(lambda) targets, (B, T) -> (B, T): score is the reward where a response ends and NaN elsewhere.
 
-    At the last masked token the target is score; before it, gamma ((1 - lam) q[t+1] + lam target[t+1]):
-    lam = 0 is eq. (1), lam = 1 the discounted score. mask is True from 0 up to some token; q is detached.
+    Where a response ends the target is its reward; before, gamma ((1 - lam) q[t+1] + lam target[t+1]):
+    lam = 0 is eq. (1), lam = 1 the discounted reward. Nothing passes from a response to the one before it.
     """
-    last = mask.sum(1) - 1                                                 # (B,)
-    targets, target = torch.zeros_like(q), torch.zeros_like(score)
+    targets, target = torch.zeros_like(q), q[:, -1]
     for t in reversed(range(q.shape[1])):
         if t + 1 < q.shape[1]:
             target = gamma * ((1 - lam) * q[:, t + 1] + lam * target)
-        target = torch.where(last == t, score, target)
+        target = torch.where(score[:, t].isnan(), target, score[:, t])
         targets[:, t] = target
-    return targets * mask
+    return targets
 
 
 def batch_norm(x, mask, eps=1e-5):
@@ -98,11 +98,11 @@ def batch_norm(x, mask, eps=1e-5):
     return (x - mean) / (std + eps) * mask
 
 
-def gvm_loss(q, reward, mask, args):
-    """Eq. (1) at t = -1 .. T-1: q (B, T+1), reward (B,), mask (B, T+1) -> sum of squared TD errors."""
+def gvm_loss(q, score, mask, args):
+    """Eq. (1) at the states where mask: q, score, mask (B, T+1) -> sum of squared TD errors."""
     if args.batch_norm:
         q = batch_norm(q, mask)
-    targets = td_targets(q.detach(), reward, mask, args.gamma, args.td_lambda)
+    targets = td_targets(q.detach(), score, args.gamma, args.td_lambda)
     return ((targets - q) ** 2 * mask).sum()
 
 
@@ -132,16 +132,32 @@ class Labelled(list):
         return list(itertools.islice((row for row in drawn if row["prompt"] != prompt), pairs))
 
 
-def encode(tok, rows, taus, args):
-    """Rows and their tau -> lists of prompt ids (tau in front) and response ids."""
-    prompts, responses, half = [], [], args.max_length // 2
-    for row, tau in zip(rows, taus, strict=True):
-        pairs = [(common.encode_prompt(tok, t["prompt"]), common.encode_response(tok, t["response"]))
-                 for t in tau]
-        prompt = common.encode_prompt(tok, row["prompt"])[-half:]
-        prompts.append(common.prepend_tau(tok, pairs, prompt, half, args.tau_length))
-        responses.append(common.encode_response(tok, row["response"])[:args.max_length - len(prompts[-1])])
-    return prompts, responses
+def encode(tok, row, tau, args):
+    """tau and then the row -> ids, [(where a response begins, where it ends, its reward)], the row's last."""
+    pairs, half = [], args.max_length // 2
+    for t in tau:
+        pairs.append((common.encode_prompt(tok, t["prompt"]), common.encode_response(tok, t["response"])))
+    prompt = common.encode_prompt(tok, row["prompt"])[-half:]
+    ids, spans = common.prepend_tau(tok, pairs, prompt, half, args.tau_length)
+    response = common.encode_response(tok, row["response"])[:args.max_length - len(ids)]
+    spans = [(begin, end, tau[k]["reward"]) for k, begin, end in spans]
+    return ids + response, [*spans, (len(ids), len(ids) + len(response), row.get("reward"))]
+
+
+def training_frame(sequences, device):
+    """What encode returns, B times -> ids, attn (B, P+T), mask (B, T), score (B, T+1) for td_targets.
+
+    P is the first prompt. mask is True on all responses, that of the row and those of its tau.
+    """
+    first = [spans[0][0] for _, spans in sequences]
+    split = [(ids[:n], ids[n:]) for (ids, _), n in zip(sequences, first, strict=True)]
+    ids, attn, mask = common.frame(*zip(*split, strict=True), device)
+    mask, score = torch.zeros_like(mask), torch.full((len(mask), mask.shape[1] + 1), math.nan, device=device)
+    for b, (n, (_, spans)) in enumerate(zip(first, sequences, strict=True)):
+        for begin, end, reward in spans:
+            mask[b, begin - n:end - n] = True
+            score[b, end - n] = reward
+    return ids, attn, mask, score
 
 
 # Table 4, figure 4
@@ -149,7 +165,9 @@ def encode(tok, rows, taus, args):
 @torch.no_grad()
 def token_values(gvm, tok, rows, taus, args, device, batch=32):
     """[(response ids, values (T+1,))] of all rows; values[0] is V(s_0), values[t+1] Q at a_t."""
-    prompts, responses = encode(tok, rows, taus, args)
+    encoded = [encode(tok, row, tau, args) for row, tau in zip(rows, taus, strict=True)]
+    prompts = [ids[:spans[-1][0]] for ids, spans in encoded]
+    responses = [ids[spans[-1][0]:] for ids, spans in encoded]
     values, step = torch.zeros(len(rows), args.max_length + 1, device=device), batch * common.world()
     for i in common.Progress(range(0, len(rows), step), desc="values", leave=False):
         own = range(i + common.rank(), i + step, common.world())       # as many on every rank: wraps around
@@ -289,19 +307,17 @@ def main(argv=None):
 
     engine.train()
     for step in range(first, steps):
-        # 1. batch: every row after a tau of its own policy, 1 to --tau-pairs pairs
-        index = common.batch_indices(len(data), batch, step, args.seed)
-        rows, taus = [data[i] for i in index], []
-        for i in index:
+        # 1. batch: every row after others of its own policy; all are trained, each is tau of those after it
+        sequences = []
+        for i in common.batch_indices(len(data), batch, step, args.seed):
             rng = np.random.default_rng([args.seed, step, i])
-            pairs = int(rng.integers(1, args.tau_pairs + 1)) if args.tau_pairs else 0
-            taus.append(data.tau(data[i]["policy"], data[i]["prompt"], pairs, rng))
-        ids, attn, mask = common.frame(*encode(tok, rows, taus, args), device)
-        reward = torch.tensor([row["reward"] for row in rows], device=device)
+            tau = data.tau(data[i]["policy"], data[i]["prompt"], args.tau_pairs, rng)
+            sequences.append(encode(tok, data[i], tau, args))
         if not args.batch_norm:                                 # which needs random micro-batches
-            order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
-            ids, attn, mask, reward = ids[order], attn[order], mask[order], reward[order]
-        states = torch.nn.functional.pad(mask, (1, 0), value=True)      # (B, T+1): with the last prompt token
+            sequences.sort(key=lambda sequence: len(sequence[0]))
+        ids, attn, mask, score = training_frame(sequences, device)
+        # With each response's own last prompt token, (B, T+1).
+        states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
         n_states = common.all_sum(states.sum())
 
         # 2. update
@@ -309,7 +325,7 @@ def main(argv=None):
         loss, q = torch.zeros((), device=device), []
         for m in torch.arange(args.batch_size).chunk(args.grad_accum):
             q_m = engine(ids[m], attn[m], mask.shape[1], adapter="gvm", head="gvm")
-            loss_m = gvm_loss(q_m, reward[m], states[m], args) / n_states
+            loss_m = gvm_loss(q_m, score[m], states[m], args) / n_states
             engine.backward(loss_m * args.grad_accum * common.world())     # DeepSpeed divides by both
             engine.step()
             loss += loss_m.detach()

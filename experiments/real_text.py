@@ -89,7 +89,10 @@ def yardsticks(train, valid):
             data.tau(r["policy"], r["prompt"], pairs, np.random.default_rng([1, i]))
             for i, r in enumerate(rows)
         ]
-        seen = {id(r): len(s) for r, s in zip(rows, train_gvm.encode(tok, rows, taus, room)[1], strict=False)}
+        seen = {}
+        for row, tau in zip(rows, taus, strict=True):
+            begin, end, _ = train_gvm.encode(tok, row, tau, room)[1][-1]
+            seen[id(row)] = end - begin
         out[f"longer_wins_seen_behind_{pairs}"] = judge(lambda r, seen=seen: seen[id(r)])
     return out
 

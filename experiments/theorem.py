@@ -114,7 +114,7 @@ def gradients(seed, args):
                 tau = [(prompts[i], responses[i])
                        for i in draw.choice(len(texts), meta["tau_pairs"], replace=False)]
                 behind = [
-                    common.prepend_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"])
+                    common.prepend_tau(tok, tau, prompts[i], meta["max_length"] // 2, meta["tau_length"])[0]
                     for i in m
                 ]
                 f_ids, f_attn, f_mask = common.frame(behind, [responses[i] for i in m])

@@ -62,8 +62,8 @@ def test_exact_values():
     tok, words = toy.tokenizer(), "the soup was rude . <eos>".split(
     )  # the same through the model's place, behind a tau and a shorter row
     trunk, ids = exact.Exact(None, tok), common.encode_prompt(tok, PROMPT)
-    prefix = common.prepend_tau(tok, [(common.encode_prompt(tok, p), tok.convert_tokens_to_ids(w))
-                                      for p, w in tau], [], 99, 99)
+    pairs = [(common.encode_prompt(tok, p), tok.convert_tokens_to_ids(w)) for p, w in tau]
+    prefix, _ = common.prepend_tau(tok, pairs, [], 99, 99)
     responses = [tok.convert_tokens_to_ids(words), [tok.eos_token_id]]
     frame = common.frame([ids, ids], responses)[:2]
     q = trunk(*frame, len(words), head="gvm", cache=trunk.turns(prefix))

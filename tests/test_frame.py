@@ -80,16 +80,16 @@ def test_bos_once_and_behind():
     tok = toy.tokenizer()
     p = common.encode_prompt(tok, PROMPT)
     r = common.encode_response(tok, "the soup was great .")
-    ids = common.prepend_tau(tok, [(p, r), (p, r)], p, 1000, 99)
+    ids, spans = common.prepend_tau(tok, [(p, r), (p, r)], p, 1000, 99)
     assert ids.count(tok.bos_token_id) == 1 and ids == p + r + p[1:] + r + p[1:]
-    assert common.prepend_tau(tok, [(p, r), (p, r)], p, 2 * len(p) + len(r),
-                              99) == p + r + p[1:]  # what does not fit is left out
-    assert common.prepend_tau(tok, [(p, r), (p, r)], p, 1000, 2) == p + r[:2] + p[1:] + r[:2] + p[1:]
+    assert [(k, ids[begin:end]) for k, begin, end in spans] == [(0, r), (1, r)]
+    room = 2 * len(p) + len(r)                          # what does not fit is left out
+    assert common.prepend_tau(tok, [(p, r * 2), (p, r)], p, room, 99) == (p + r + p[1:], [(1, len(p), room - len(p))])
+    assert common.prepend_tau(tok, [(p, r), (p, r)], p, 1000, 2)[0] == p + r[:2] + p[1:] + r[:2] + p[1:]
     chat = tok.apply_chat_template(
         [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "the soup was great ."},
          {"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=False)
-    assert common.prepend_tau(tok, [(p, r)], p, 1000,
-                              99) == list(chat)  # the same as the template's own conversation
+    assert common.prepend_tau(tok, [(p, r)], p, 1000, 99)[0] == list(chat)      # the template's own
 
 
 def test_chunked_logp_equals_plain():

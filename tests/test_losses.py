@@ -10,16 +10,16 @@ import train_gvm
 
 
 def test_td_targets_by_hand():
+    nan = math.nan
     q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()  # ragged
-    score = torch.tensor([1.0, -1.0])
-    close(train_gvm.td_targets(q, score, mask, 1.0, 0.0), [[0.2, 0.3, 0.4, 1.0], [2.0, -1.0, 0, 0]])
-    close(train_gvm.td_targets(q, score, mask, 1.0, 1.0), [[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 0, 0]])
-    close(train_gvm.td_targets(q, score, mask, 0.9, 1.0), [[0.729, 0.81, 0.9, 1.0], [-0.9, -1.0, 0, 0]])
+    score = torch.tensor([[nan, nan, nan, 1.0], [nan, -1.0, nan, 2.0]])     # two responses in the second row
+    close(train_gvm.td_targets(q, score, 1.0, 0.0), [[0.2, 0.3, 0.4, 1.0], [2.0, -1.0, 4.0, 2.0]])
+    close(train_gvm.td_targets(q, score, 1.0, 1.0), [[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 2.0, 2.0]])
+    close(train_gvm.td_targets(q, score, 0.9, 1.0), [[0.729, 0.81, 0.9, 1.0], [-0.9, -1.0, 1.8, 2.0]])
     # gamma 0.5, lambda 0.5: G3 = 1; G2 = .5 (.5 x .4 + .5 x 1) = .35; G1 = .5 (.5 x .3 + .5 x .35);
     # G0 = .5 (.5 x .2 + .5 x .1625)
-    # second row: G1 = -1; G0 = .5 (.5 x 2 - .5 x 1) = .25
-    close(train_gvm.td_targets(q, score, mask, 0.5, 0.5), [[0.090625, 0.1625, 0.35, 1.0], [0.25, -1.0, 0, 0]])
+    # second row: G3 = 2; G2 = .5 (.5 x 4 + .5 x 2) = 1.5; G1 = -1; G0 = .5 (.5 x 2 - .5 x 1) = .25
+    close(train_gvm.td_targets(q, score, 0.5, 0.5), [[0.090625, 0.1625, 0.35, 1.0], [0.25, -1.0, 1.5, 2.0]])
 
 
 def test_batch_norm_by_hand():

@@ -66,7 +66,7 @@ def test_tokenizers_as_they_are():
         assert tok.decode(r, skip_special_tokens=True) == "the soup was great ."
         assert ("[INST]" in tok.decode(p)) == (kind == "mistral") and ("### Assistant:"
                                                                        in tok.decode(p)) == (kind == "llama")
-        both = common.prepend_tau(tok, [(p, r)], p, 1000, 99)
+        both, _ = common.prepend_tau(tok, [(p, r)], p, 1000, 99)
         assert both.count(tok.bos_token_id) == 1 and both[len(p) + len(r):] == p[1:]
         eager = quirky_tokenizer(kind,
                                  add_eos_token=True)  # some append eos by themselves, some only claim to

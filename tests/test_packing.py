@@ -1,0 +1,92 @@
+"""Packed rows of train_gvm.py: every row of a sequence is trained, and is tau of the rows after it."""
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import close, tiny_gpt2, tiny_llama
+
+import common
+import train_gvm
+from data import toy
+
+ARGS = argparse.Namespace(max_length=200, tau_length=99, batch_norm=False, gamma=0.9, td_lambda=0.7)
+TEXTS = "the soup was great .", "the staff was not rude . the soup was cold .", "well , the wine was fair ."
+PROMPTS = "review the soup and the staff .", "review the staff and the soup .", "review the wine and the room ."
+ROWS = [dict(prompt=p, response=r, reward=reward, policy="good")
+        for p, r, reward in zip(PROMPTS, TEXTS, (0.5, -1.0, 0.25), strict=True)]
+
+
+def sequences(tok):
+    """A packed row, one behind a shorter tau, one by itself."""
+    return [train_gvm.encode(tok, ROWS[k], ROWS[:k], ARGS) for k in (2, 0, 1)]
+
+
+@pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
+def test_packed_rows_equal_rows_one_by_one(tiny):
+    """Values, targets and loss, against each row read by itself behind the same tau."""
+    tok, model = toy.tokenizer(), tiny()
+    model.add_head("gvm")
+    torch.nn.init.normal_(model.heads["gvm"].weight, std=0.1)
+    ids, attn, mask, score = train_gvm.training_frame(sequences(tok), "cpu")
+    states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
+    with torch.no_grad():
+        q = model(ids, attn, mask.shape[1], head="gvm")
+    targets = train_gvm.td_targets(q, score, ARGS.gamma, ARGS.td_lambda)
+    found_q, found_targets, loss = [], [], 0.0
+    for packed in (3, 1, 2):
+        for k in range(packed):
+            prompt = []
+            for row in ROWS[:k]:
+                pair = common.encode_prompt(tok, row["prompt"]), common.encode_response(tok, row["response"])
+                prompt = common.append_to_prefix(tok, prompt, pair[0]) + pair[1]
+            prompt = common.append_to_prefix(tok, prompt, common.encode_prompt(tok, ROWS[k]["prompt"]))
+            response = common.encode_response(tok, ROWS[k]["response"])
+            with torch.no_grad():
+                h = model.lm.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
+                v = model.heads["gvm"](h)[len(prompt) - 1:, 0].tolist()
+            G = [0.0] * len(response) + [ROWS[k]["reward"]]         # the recursion of eq. (1), in floats
+            for t in reversed(range(len(response))):
+                G[t] = ARGS.gamma * (0.3 * v[t + 1] + 0.7 * G[t + 1])
+            found_q += v
+            found_targets += G
+            loss += sum((a - b) ** 2 for a, b in zip(v, G, strict=True))
+    close(q[states], found_q, 1e-5)
+    close(targets[states], found_targets, 1e-5)
+    close(train_gvm.gvm_loss(q, score, states, ARGS), loss, 1e-4)
+
+
+def test_targets_do_not_leak_between_rows():
+    tok = toy.tokenizer()
+    ids, attn, mask, score = train_gvm.training_frame(sequences(tok)[:1], "cpu")
+    q = torch.linspace(-1, 1, score.numel())[None]
+    before = train_gvm.td_targets(q, score, 1.0, 0.95)
+    begins = (F.pad(mask, (0, 1)) & ~F.pad(mask, (1, 0))).nonzero()[:, 1].tolist()     # of V(s_0), three rows
+    assert len(begins) == 3
+    changed_q, changed = q.clone(), score.clone()
+    changed_q[:, begins[2]:] += 5
+    changed[0, changed[0].isfinite().nonzero()[-1]] = 9.0
+    after = train_gvm.td_targets(changed_q, changed, 1.0, 0.95)
+    ends = score[0].isfinite().nonzero()[:, 0].tolist()
+    close(after[:, :ends[1] + 1], before[:, :ends[1] + 1])
+    assert (after[:, begins[2]:] != before[:, begins[2]:]).all()
+
+
+def test_what_is_trained():
+    """Responses and their last prompt tokens; a row without a policy is alone; a tau that has no room goes."""
+    tok = toy.tokenizer()
+    n = [len(common.encode_response(tok, row["response"])) for row in ROWS]
+    _, _, mask, score = train_gvm.training_frame(sequences(tok), "cpu")
+    assert mask.sum(1).tolist() == [sum(n), n[0], n[0] + n[1]]
+    assert score[0][score[0].isfinite()].tolist() == [0.5, -1.0, 0.25]
+    assert math.isnan(score[1, -1]) and score[1][score[1].isfinite()].tolist() == [0.5]
+    data = train_gvm.Labelled([])
+    data.extend(ROWS + [dict(ROWS[0], policy=None)])
+    data.by_policy = {"good": [0, 1, 2], None: [3]}
+    rng = np.random.default_rng(0)
+    assert data.tau(None, "x", 2, rng) == [] and len(data.tau("good", "x", 2, rng)) == 2
+    short = argparse.Namespace(max_length=2 * (len(common.encode_prompt(tok, PROMPTS[2])) + 1), tau_length=99)
+    ids, spans = train_gvm.encode(tok, ROWS[2], ROWS[:2], short)
+    assert len(spans) == 1 and spans[0] == (len(ids) - n[2], len(ids), 0.25)
