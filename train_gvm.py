@@ -6,7 +6,9 @@ Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rej
 Writes  a LoRA adapter and a scalar head on that trunk                      out/tiny/gvm/model
 
 tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the
-prompt in the same template. Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
+prompt in the same template. Rows are packed: each stands after --tau-pairs others of its policy, and all of
+these are trained, each given those before it. So the GVM learns tau of every length, and to do without one.
+Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
 
     L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,
     G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}), and the reward of the response at its last token.
@@ -50,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 32)")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="sequences per update, GPU (paper 32)")
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
@@ -149,15 +151,15 @@ def training_frame(sequences, device):
 
     P is the first prompt. mask is True on all responses, that of the row and those of its tau.
     """
-    first = [spans[0][0] for _, spans in sequences]
-    split = [(ids[:n], ids[n:]) for (ids, _), n in zip(sequences, first, strict=True)]
-    ids, attn, mask = common.frame(*zip(*split, strict=True), device)
-    mask, score = torch.zeros_like(mask), torch.full((len(mask), mask.shape[1] + 1), math.nan, device=device)
-    for b, (n, (_, spans)) in enumerate(zip(first, sequences, strict=True)):
+    prompts = [ids[:spans[0][0]] for ids, spans in sequences]
+    rest = [ids[len(prompt):] for (ids, _), prompt in zip(sequences, prompts, strict=True)]
+    ids, attn, mask = common.frame(prompts, rest)
+    mask, score = torch.zeros_like(mask), torch.full((len(mask), mask.shape[1] + 1), math.nan)
+    for b, (_, spans) in enumerate(sequences):
         for begin, end, reward in spans:
-            mask[b, begin - n:end - n] = True
-            score[b, end - n] = reward
-    return ids, attn, mask, score
+            mask[b, begin - len(prompts[b]):end - len(prompts[b])] = True
+            score[b, end - len(prompts[b])] = reward
+    return [tensor.to(device) for tensor in (ids, attn, mask, score)]
 
 
 # Table 4, figure 4
@@ -307,7 +309,7 @@ def main(argv=None):
 
     engine.train()
     for step in range(first, steps):
-        # 1. batch: every row after others of its own policy; all are trained, each is tau of those after it
+        # 1. batch: rows, each after --tau-pairs others of its policy
         sequences = []
         for i in common.batch_indices(len(data), batch, step, args.seed):
             rng = np.random.default_rng([args.seed, step, i])
@@ -316,8 +318,7 @@ def main(argv=None):
         if not args.batch_norm:                                 # which needs random micro-batches
             sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask, score = training_frame(sequences, device)
-        # With each response's own last prompt token, (B, T+1).
-        states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
+        states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))      # (B, T+1): with each last prompt token
         n_states = common.all_sum(states.sum())
 
         # 2. update

@@ -16,9 +16,7 @@ def stage(script, out, *argv):
     if os.path.exists(done):
         with open(done) as f:
             if (before := f.read()) not in ("", words):
-                sys.exit(
-                    f"error: {out} holds a run with other flags ({before}): remove it, or give it other flags"
-                )
+                sys.exit(f"error: {out} holds a run with other flags ({before}): remove it, or name another")
         return
     os.makedirs(out, exist_ok=True)
     with open(out + ".log", "w") as log:
@@ -33,14 +31,23 @@ def interval(x, digits=2, sign=""):
     x = np.array(x, dtype=float)
     if not len(x):
         return "never"
-    return f"{x.mean():{sign}.{digits}f}" + (
-        f" ± {T95[len(x) - 2] * x.std(ddof=1) / len(x) ** 0.5:.{digits}f}"
-        if 1 < len(x) < len(T95) + 2 else "")
+    mean = f"{x.mean():{sign}.{digits}f}"
+    if not 1 < len(x) < len(T95) + 2:
+        return mean
+    return f"{mean} ± {T95[len(x) - 2] * x.std(ddof=1) / len(x) ** 0.5:.{digits}f}"
+
+
+def table(names, rows):
+    """A Markdown table -> its lines."""
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (names, ["---"] * len(names), *rows)]
 
 
 def final(folder):
-    """{final, best, fall, kl, held-out gold and KL} of one RL run; fall: from the best window to the worst of
-    the last third."""
+    """{final, best, fall, kl, held-out gold and KL} of one RL run.
+
+    final: mean gold reward of the last tenth of the steps; fall: from the best window to the worst of the
+    last third.
+    """
     with open(f"{folder}/metrics.jsonl") as f:
         rows = [json.loads(line) for line in f]
     n = max(1, len(rows) // 10)

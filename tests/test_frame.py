@@ -84,7 +84,8 @@ def test_bos_once_and_behind():
     assert ids.count(tok.bos_token_id) == 1 and ids == p + r + p[1:] + r + p[1:]
     assert [(k, ids[begin:end]) for k, begin, end in spans] == [(0, r), (1, r)]
     room = 2 * len(p) + len(r)                          # what does not fit is left out
-    assert common.prepend_tau(tok, [(p, r * 2), (p, r)], p, room, 99) == (p + r + p[1:], [(1, len(p), room - len(p))])
+    fits = p + r + p[1:], [(1, len(p), room - len(p))]
+    assert common.prepend_tau(tok, [(p, r * 2), (p, r)], p, room, 99) == fits
     assert common.prepend_tau(tok, [(p, r), (p, r)], p, 1000, 2)[0] == p + r[:2] + p[1:] + r[:2] + p[1:]
     chat = tok.apply_chat_template(
         [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "the soup was great ."},

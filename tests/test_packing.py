@@ -14,7 +14,8 @@ from data import toy
 
 ARGS = argparse.Namespace(max_length=200, tau_length=99, batch_norm=False, gamma=0.9, td_lambda=0.7)
 TEXTS = "the soup was great .", "the staff was not rude . the soup was cold .", "well , the wine was fair ."
-PROMPTS = "review the soup and the staff .", "review the staff and the soup .", "review the wine and the room ."
+NOUNS = ("soup", "staff"), ("staff", "soup"), ("wine", "room")
+PROMPTS = [f"review the {first} and the {second} ." for first, second in NOUNS]
 ROWS = [dict(prompt=p, response=r, reward=reward, policy="good")
         for p, r, reward in zip(PROMPTS, TEXTS, (0.5, -1.0, 0.25), strict=True)]
 
@@ -75,7 +76,7 @@ def test_targets_do_not_leak_between_rows():
 
 
 def test_what_is_trained():
-    """Responses and their last prompt tokens; a row without a policy is alone; a tau that has no room goes."""
+    """Responses and their last prompt tokens. A row without a policy is alone; a tau needs room."""
     tok = toy.tokenizer()
     n = [len(common.encode_response(tok, row["response"])) for row in ROWS]
     _, _, mask, score = train_gvm.training_frame(sequences(tok), "cpu")
@@ -87,6 +88,7 @@ def test_what_is_trained():
     data.by_policy = {"good": [0, 1, 2], None: [3]}
     rng = np.random.default_rng(0)
     assert data.tau(None, "x", 2, rng) == [] and len(data.tau("good", "x", 2, rng)) == 2
-    short = argparse.Namespace(max_length=2 * (len(common.encode_prompt(tok, PROMPTS[2])) + 1), tau_length=99)
+    room = len(common.encode_prompt(tok, PROMPTS[2])) + 1
+    short = argparse.Namespace(max_length=2 * room, tau_length=99)
     ids, spans = train_gvm.encode(tok, ROWS[2], ROWS[:2], short)
     assert len(spans) == 1 and spans[0] == (len(ids) - n[2], len(ids), 0.25)
