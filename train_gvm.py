@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="sequences per update, GPU (paper 32)")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="per update and GPU (paper 32)")
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
