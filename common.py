@@ -38,7 +38,7 @@ from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_
 from runtime.metrics import synchronize, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
 from runtime.processes import gathered, rank, seed, start, world, write_json
-from runtime.rows import batch_indices, load_function, read_rows
+from runtime.rows import batch_indices, load_function, read_rows, show_batch
 # isort: on
 
 hf_logging.set_verbosity_error()
@@ -109,7 +109,9 @@ def flags(doc, argv, *stages):
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     p.add_argument("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
     p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
+    p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     p.add_argument("--ds-config", default=DS_CONFIG, help="DeepSpeed's settings")
+    p.add_argument("--dry-run", action="store_true", help="print memory, steps and the first batch, then end")
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # from the launcher
     return p, d
 
@@ -129,6 +131,8 @@ def parse(p, argv):
         die(f"--batch-size {args.batch_size}: must be a multiple of {rows}: --grad-accum, --mini-batch-size")
     if args.offload and not args.zero:
         die("--offload: needs --zero 1, 2 or 3")
+    if args.dry_run:                                    # leaves what is in --out as it is
+        args.out = os.path.join(args.out, "dry_run")
     return args
 
 
@@ -368,11 +372,13 @@ class Decoder:
         self.logits = self.step(token[:, None])
 
 
-def load_model(path, trainable=True, recompute=False):
-    """A causal LM from a transformers folder or hub id, bf16 on CUDA, fp32 on a CPU, all dropout at 0.
+def load_model(path, args=None, trainable=True):
+    """A causal LM from a transformers folder or hub id, all dropout at 0.
 
-    recompute: --gradient-checkpointing, which works in train() mode only.
+    args: --dtype and --gradient-checkpointing of a stage; without them bf16 on CUDA and fp32 on a CPU.
     """
+    dtype = "auto" if args is None else args.dtype
+    bf16 = CUDA if dtype == "auto" else dtype == "bf16"
     try:
         config = AutoConfig.from_pretrained(path)
         for key, value in vars(config).items():         # rollouts and updates must see the same policy
@@ -380,12 +386,12 @@ def load_model(path, trainable=True, recompute=False):
                 setattr(config, key, 0.0)
         if getattr(config, "activation_function", None) == "gelu_new":      # GPT-2's eight operations, fused
             config.activation_function = "gelu_pytorch_tanh"
-        dtype = torch.bfloat16 if CUDA else torch.float32
+        dtype = torch.bfloat16 if bf16 else torch.float32
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
     model = LM(lm.requires_grad_(trainable)).to("cuda" if CUDA else "cpu")
-    if recompute:
+    if args is not None and args.gradient_checkpointing:        # works in train() mode only
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     with torch.no_grad():                               # LM.logits may lack what this one does: compare a row
         ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size

@@ -127,8 +127,7 @@ def main(argv=None):
     device = common.start(args)
 
     # Models: the policy, and one frozen trunk for reference and GVM. With --lora the policy is its adapter.
-    recompute = args.gradient_checkpointing
-    trunk = common.load_model(args.init_from, trainable=False, recompute=recompute)
+    trunk = common.load_model(args.init_from, args, trainable=False)
     length = args.max_prompt_length + args.max_new_tokens
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
@@ -139,7 +138,7 @@ def main(argv=None):
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
     else:
-        model, adapter = common.load_model(args.init_from, recompute=recompute), None
+        model, adapter = common.load_model(args.init_from, args), None
     models, kv_cache = {"policy": model} | ({} if args.lora else {"frozen": trunk}), (args.batch_size, length)
     common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
@@ -167,6 +166,8 @@ def main(argv=None):
             common.refresh(actor, model)
             ids, attn, mask, ended = rollout(actor, prompts, tok, args, device, adapter)
             T, responses = mask.shape[1], common.unpad(ids, mask)
+        if args.dry_run:
+            return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with common.clock(seconds, "score"), torch.no_grad():
             # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1

@@ -152,12 +152,12 @@ def train_reward_model(args, tok, device):
     keys = "prompt", "chosen", "rejected"
     train = [row for path in args.pairs for row in common.read_rows(path, keys)]
     heldout = common.read_rows(args.pairs_heldout, keys)
-    rm = common.load_model(args.init_from, trainable=False, recompute=args.gradient_checkpointing)
+    rm = common.load_model(args.init_from, args, trainable=False)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")
     batch = args.rm_batch_size * common.world()
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
-    out = os.path.dirname(args.rm)
+    out = args.out if args.dry_run else os.path.dirname(args.rm)
     os.makedirs(out, exist_ok=True)
     common.memory_plan({"trunk, reward model": rm}, args, 2 * args.rm_batch_size, args.max_length)
     engine = common.engine(rm, args, args.rm_lr, args.rm_batch_size)
@@ -166,17 +166,19 @@ def train_reward_model(args, tok, device):
     first, state = checkpoints.load()
     metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine, first)
 
-    def forward(rows):                                            # scores of chosen and rejected, (B,) each
+    def frame(rows):                                              # 2 B rows: the chosen, then the rejected
         prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows] * 2
         responses = [common.encode_response(tok, r[side]) for side in ("chosen", "rejected") for r in rows]
         responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts, strict=True)]
-        return scores(engine, *common.frame(prompts, responses, device)).chunk(2)
+        return common.frame(prompts, responses, device)
 
+    if args.dry_run:
+        return common.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
     engine.train()
     seen = [x.to(device) for x in state.get("seen", [])]
     for step in range(first, steps):
         index = common.batch_indices(len(train), batch, step, args.seed)
-        chosen, rejected = forward([train[i] for i in index])
+        chosen, rejected = scores(engine, *frame([train[i] for i in index])).chunk(2)
         loss = pairwise_loss(chosen, rejected)
         common.set_lr(engine, args.rm_lr * (1 - step / steps))
         engine.backward(loss)
@@ -189,7 +191,7 @@ def train_reward_model(args, tok, device):
     with torch.no_grad():
         for step in range(-(-len(heldout) // batch)):
             index = common.batch_indices(len(heldout), batch, step, args.seed)
-            chosen, rejected = forward([heldout[i] for i in index])
+            chosen, rejected = scores(engine, *frame([heldout[i] for i in index])).chunk(2)
             right.append(chosen > rejected)
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
     meta = common.mean_over_ranks(dict(mean=mean, std=std, accuracy=torch.cat(right).float().mean()))
@@ -208,13 +210,15 @@ def main(argv=None):
     # Models: policy and critic, and one frozen trunk for reference and reward model.
     if reward is None and not os.path.exists(args.rm):
         train_reward_model(args, tok, device)
-    trunk = common.load_model(args.init_from, trainable=False)
+        if args.dry_run:
+            return
+    trunk = common.load_model(args.init_from, args, trainable=False)
     length = args.max_prompt_length + args.max_new_tokens
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     if reward is None:
         meta = common.load_adapter(trunk, tok, args.rm, f"rm -r {args.rm}; python ppo_baseline.py")
-    model = common.load_model(args.init_from, recompute=args.gradient_checkpointing)
-    critic_model = common.load_model(args.init_from, recompute=args.gradient_checkpointing)
+    model = common.load_model(args.init_from, args)
+    critic_model = common.load_model(args.init_from, args)
     critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
     critic_model.add_head("critic")
     models, kv_cache = {"policy": model, "critic": critic_model, "frozen": trunk}, (args.batch_size, length)
@@ -245,6 +249,8 @@ def main(argv=None):
             common.refresh(actor, model)
             ids, attn, mask, ended = rollout(actor, prompts, tok, args, device)
             T, responses = mask.shape[1], common.unpad(ids, mask)
+        if args.dry_run:
+            return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with common.clock(seconds, "score"), torch.no_grad():
             # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1

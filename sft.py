@@ -105,7 +105,7 @@ def main(argv=None):
     prompts = common.read_rows(args.prompts, ["prompt"]) if reward else None
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
-    model = common.load_model(args.init_from, recompute=args.gradient_checkpointing)
+    model = common.load_model(args.init_from, args)
     common.check_context(model, args.max_length, "--max-length")
     micro_rows = args.batch_size // args.grad_accum
     common.memory_plan({"policy": model}, args, micro_rows, args.max_length, args.max_length)
@@ -125,6 +125,8 @@ def main(argv=None):
         ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), device)
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = ids[order], attn[order], mask[order]
+        if args.dry_run:
+            return common.show_batch(tok, ids, attn, mask, steps)
         n_tokens = common.all_sum(mask.sum())
 
         # 2. update

@@ -287,7 +287,7 @@ def main(argv=None):
     tok = common.load_tokenizer(args.init_from)
     data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)
-    gvm = common.load_model(args.init_from, trainable=False, recompute=args.gradient_checkpointing)
+    gvm = common.load_model(args.init_from, args, trainable=False)
     if args.show or args.eval_only:
         return use_trained(args, gvm, tok, data, device)
     heldout = Labelled([args.heldout])
@@ -318,6 +318,8 @@ def main(argv=None):
         if not args.batch_norm:                                 # which needs random micro-batches
             sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask, score = training_frame(sequences, device)
+        if args.dry_run:
+            return common.show_batch(tok, ids, attn, mask, steps)
         states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))      # (B, T+1): with each last prompt token
         n_states = common.all_sum(states.sum())
 

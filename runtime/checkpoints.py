@@ -108,8 +108,11 @@ class Checkpoints:
             return 0, {}
         with open(os.path.join(path, "run.json")) as f:
             before = json.load(f)
-        if (before["world_size"], before["zero"]) != (world(), self.args.zero):
-            die(f"--resume: use {before['world_size']} processes and --zero {before['zero']}, as {path} did")
+        now = dict(world_size=world(), zero=self.args.zero, dtype=self.args.dtype)
+        if any(before.get(key, value) != value for key, value in now.items()):
+            dtype = before.get("dtype", "auto")
+            die(f"--resume: use {before['world_size']} processes, --zero {before['zero']}, --dtype {dtype}, "
+                f"as {path} did")
         for name, engine in self.engines.items():
             engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
         mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)

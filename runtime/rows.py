@@ -1,10 +1,11 @@
-"""Rows: reading and checking the data files and the reward functions that a user names.
+"""Rows: reading, checking and showing the data files, and the reward functions that a user names.
 
 Every line is checked before training starts. A broken one ends the run with file and line number.
 Open this file to allow another key or format, or to see why a row is refused or left out.
 """
 import collections
 import gzip
+import itertools
 import json
 import numbers
 import os
@@ -14,6 +15,7 @@ import traceback
 import zlib
 
 import numpy as np
+import torch
 
 from runtime.metrics import Progress
 from runtime.processes import die, rank, world
@@ -104,6 +106,18 @@ def batch_indices(n, size, step, seed):
     positions = range(step * size + rank(), (step + 1) * size, world())
     shuffled = {e: np.random.default_rng([seed, e]).permutation(n) for e in {i // n for i in positions}}
     return [int(shuffled[i // n][i % n]) for i in positions]
+
+
+def show_batch(tok, ids, attn, mask, steps):
+    """--dry-run: print the first row of a batch as text, what is trained in [[ ]]."""
+    real = attn[0].bool()
+    trained = torch.nn.functional.pad(mask[0], (len(real) - mask.shape[1], 0))[real].tolist()
+    text, row = "", zip(trained, ids[0][real].tolist(), strict=True)
+    for is_trained, tokens in itertools.groupby(row, key=lambda token: token[0]):
+        words = tok.decode([token for _, token in tokens])
+        text += f"[[{words}]]" if is_trained else words
+    if rank() == 0:
+        print(f"{steps} steps. The first of {len(ids)} rows of the first batch, [[trained tokens]]:\n{text}")
 
 
 def load_function(spec):

@@ -80,7 +80,7 @@ def test_exact_values():
     assert events == [None, "wrong noun", None, None, "unkind", None, None, None, "broken",
                       "early end"], events
     world()
-    done = script(sys.executable, "experiments/exact.py", "--one", "dvpo", *RL, "--max-steps", "10", "--seed",
+    done = script(sys.executable, "experiments/exact.py", "--one", *RL, "--max-steps", "10", "--seed",
                   "7", "--out", path("exact"))
     assert done.returncode == 0, done.stderr
     assert json.load(open(
