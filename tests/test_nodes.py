@@ -1,0 +1,61 @@
+"""Two nodes on one machine: two torchrun agents in two working folders, which share only --out."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+from helpers import HERE, path, resume_cases, same_run, script, world
+
+import common
+
+TORCHRUN = sys.executable, "-m", "torch.distributed.run"
+
+
+def start_node(folder, port, argv):
+    environment = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "dvpo"
+    command = *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *meeting, "dvpo.py", *argv
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, env=dict(environment, OMP_NUM_THREADS="1"))
+
+
+def two_nodes(argv, kill_after=None):
+    """Run dvpo.py on two nodes -> exit codes; after so many steps the second is killed, all its processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    nodes = [start_node(folder, port, argv) for folder in (path("node0"), path("node1"))]
+    if kill_after:
+        metrics = os.path.join(argv[argv.index("--out") + 1], "metrics.jsonl")
+        for _ in range(1200):
+            time.sleep(0.05)
+            if os.path.exists(metrics) and sum(1 for _ in open(metrics)) >= kill_after:
+                break
+        victim = psutil.Process(nodes[1].pid)
+        for process in [victim, *victim.children(recursive=True)]:
+            process.kill()
+    errors = [node.communicate(timeout=100)[1] for node in nodes]
+    return [node.returncode for node in nodes], errors
+
+
+def test_a_killed_node_and_resume():
+    world()
+    for name in ("node0", "node1"):
+        ignored = shutil.ignore_patterns(".*", "out", "results", "docs", "tests")
+        shutil.copytree(HERE, path(name), ignore=ignored)
+    argv = [*resume_cases("3")[2][2], "--max-steps", "8"]
+    straight = *TORCHRUN, "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"
+    done = script(*straight, "dvpo.py", *argv, "--out", path("one_node"), env=dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    argv += ["--out", path("nodes")]
+    codes, errors = two_nodes(argv, kill_after=3)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), (codes, errors)
+    codes, errors = two_nodes([*argv, "--resume"])
+    assert codes == [0, 0], errors
+    files = path("one_node/metrics.jsonl"), path("nodes/metrics.jsonl")
+    same_run(*([json.loads(line) for line in open(file)] for file in files))
