@@ -291,7 +291,7 @@ def main(argv=None):
     if args.show or args.eval_only:
         return use_trained(args, gvm, tok, data, device)
     heldout = Labelled([args.heldout])
-    if set(data.by_policy) == {None}:                           # nobody is named, so dvpo.py must not use a tau
+    if set(data.by_policy) == {None}:                           # no names, no tau: dvpo.py must not use one
         args.tau_pairs = 0
     common.check_context(gvm, args.max_length, "--max-length")
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
