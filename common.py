@@ -78,15 +78,14 @@ PRESETS = {                     # one line per model
 }
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def flags(doc, argv, *stages):
     """-> the parser with the flags that every stage has, and the defaults of the --model that argv names.
 
     --model is a name of PRESETS, or a hub id or local folder, which takes the paper's hyper-parameters.
     """
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
     p = argparse.ArgumentParser(description=doc, formatter_class=Help)
     p.add_argument("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or local folder")
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
@@ -96,13 +95,12 @@ def flags(doc, argv, *stages):
     d = argparse.Namespace(out=f"out/{os.path.basename(os.path.normpath(model))}", **preset)
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
-    shares, context = dict(max_length=1, max_prompt_length=2, max_new_tokens=2), positions(d.id)
-    for key, share in shares.items():                   # defaults that fit into the model's context
+    context = positions(d.id)                           # defaults must fit into it
+    for key, share in ("max_length", 1), ("max_prompt_length", 2), ("max_new_tokens", 2):
         if vars(d).get(key, 0) > context // share:
             setattr(d, key, context // share)
             if os.environ.get("RANK", "0") == "0":
-                flag = f"--{key.replace('_', '-')} {context // share}"
-                print(f"{d.id} has {context} positions: {flag}, unless you set it", file=sys.stderr)
+                print(f"{d.id} has {context} positions: {key} is {context // share}", file=sys.stderr)
     p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
     p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
     p.add_argument("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
@@ -377,8 +375,7 @@ def load_model(path, args=None, trainable=True):
 
     args: --dtype and --gradient-checkpointing of a stage; without them bf16 on CUDA and fp32 on a CPU.
     """
-    dtype = "auto" if args is None else args.dtype
-    bf16 = CUDA if dtype == "auto" else dtype == "bf16"
+    dtypes = dict(auto=torch.bfloat16 if CUDA else torch.float32, fp32=torch.float32, bf16=torch.bfloat16)
     try:
         config = AutoConfig.from_pretrained(path)
         for key, value in vars(config).items():         # rollouts and updates must see the same policy
@@ -386,12 +383,12 @@ def load_model(path, args=None, trainable=True):
                 setattr(config, key, 0.0)
         if getattr(config, "activation_function", None) == "gelu_new":      # GPT-2's eight operations, fused
             config.activation_function = "gelu_pytorch_tanh"
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = dtypes[args.dtype if args else "auto"]
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
     model = LM(lm.requires_grad_(trainable)).to("cuda" if CUDA else "cpu")
-    if args is not None and args.gradient_checkpointing:        # works in train() mode only
+    if args and args.gradient_checkpointing:            # works in train() mode only
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     with torch.no_grad():                               # LM.logits may lack what this one does: compare a row
         ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size
@@ -536,8 +533,8 @@ def append_to_prefix(tok, prefix, ids):
 def prepend_tau(tok, tau, prompt, room, tau_length):
     """tau, a list of (prompt ids, response ids), in front of a prompt; responses cut to tau_length tokens.
 
-    Pairs that do not fit into `room` tokens, prompt included, are left out.
-    -> ids, [(number of the pair, where its response begins, where it ends)].
+    Pairs that do not fit into `room` tokens, prompt included, are left out. -> ids, [(pair, begin, end)]: the
+    number of each pair that is in, and where its response is.
     """
     prefix, spans = [], []
     for k, (p, r) in enumerate(tau):
@@ -597,8 +594,7 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
             found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / count
-    summary = dict(sums, rollouts=count * step, peak_bytes=peak_bytes())
-    write_json(os.path.join(args.out, "summary.json"), summary)
+    write_json(f"{args.out}/summary.json", dict(sums, rollouts=count * step, peak_bytes=peak_bytes()))
     if rank() == 0:
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
         print(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")

@@ -5,12 +5,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNTIME = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "runtime").glob("*.py"))
 LIMITS = {                                              # files counted together: most lines
-    ("sft.py",): 160,
-    ("train_gvm.py",): 350,
+    ("sft.py",): 165,
+    ("train_gvm.py",): 375,
     ("dvpo.py",): 260,
-    ("ppo_baseline.py",): 330,
+    ("ppo_baseline.py",): 340,
     ("common.py",): 600,
-    ("common.py", *RUNTIME): 1330,
+    ("common.py", *RUNTIME): 1350,
     ("test_smoke.py",): 300,
     ("README.md",): 160,
     **{(path,): 200 for path in RUNTIME},
