@@ -33,7 +33,7 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import Checkpoints, load_adapter, missing_model, positions, save_adapter, save_model
 from runtime.graphs import StaticDecoder
-from runtime.memory import CHUNK, activation_bytes, memory_plan
+from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes
 from runtime.metrics import synchronize, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
@@ -201,10 +201,14 @@ class LM(nn.Module):
             layer.add(name, r, alpha, dropout)
         self.adapters[name] = dict(r=r, alpha=alpha, dropout=dropout)
 
-    def add_head(self, name):
-        """A scalar head on the last hidden state, zero at first."""
+    def add_head(self, name, sees_token=False):
+        """A scalar head on the last hidden state h_t, zero at first.
+
+        sees_token: on [h_t, h_{t-1} * embedding of token t]; with tied embeddings this sums to its logit.
+        """
         w = self.lm.get_input_embeddings().weight
-        self.heads[name] = Head(w.shape[1], 1, dtype=w.dtype, device=w.device)
+        self.heads[name] = Head(w.shape[1] * (1 + sees_token), 1, dtype=w.dtype, device=w.device)
+        self.heads[name].sees_token = sees_token
         nn.init.zeros_(self.heads[name].weight)
         nn.init.zeros_(self.heads[name].bias)
 
@@ -250,7 +254,7 @@ class LM(nn.Module):
         positions = torch.arange(length, device=ids.device)
         ids = ids.gather(1, (positions + left).clamp(max=L - 1))
         h = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
-        at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(max=length - 1)      # (B, T+1)
+        at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(0, length - 1)       # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
     def logits(self, h):
@@ -268,7 +272,11 @@ class LM(nn.Module):
         last prompt token, scalar t+1 AFTER a_t.
         """
         self.switch(adapter)
-        h = self.hidden(ids, attn, T, cache)
+        sees_token = head is not None and self.heads[head].sees_token
+        h = self.hidden(ids, attn, T + sees_token, cache)
+        if sees_token:
+            token = self.lm.get_input_embeddings()(ids[:, -T - 1:])
+            h = torch.cat([h[:, 1:], h[:, :-1] * token], -1)            # (B, T+1, 2 D)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
         real = attn[:, -T:].flatten().nonzero().squeeze(1)      # lm_head, most expensive, sees no padding
@@ -308,8 +316,7 @@ def token_logp(hidden, targets, logits, temperature=1.0, sharded=False):
     A single chunk is kept instead, as its backward pass would hold it anyway.
     """
     n = max(1, -(-len(targets) // CHUNK))
-    if sharded:                                         # ZeRO-3 gathers the head at each call, on all ranks
-        n = all_max(n)
+    n = all_max(n) if sharded else n                    # ZeRO-3 gathers the head at each call, on all ranks
 
     def logp(h, y):
         return TokenLogp.apply(logits(h), y, temperature)
@@ -396,13 +403,6 @@ def load_model(path, args=None, trainable=True):
         if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16
             die(f"{path}: this architecture changes the logits after its head; add that to LM.logits first")
     return model
-
-
-def check_context(model, tokens, flags):
-    """Refuse what the positions of the model cannot hold."""
-    context = getattr(model.lm.config, "max_position_embeddings", None)
-    if context and tokens > context:
-        die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
     G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}), and the reward of the response at its last token.
 
 No gradient flows into G. Q is also trained at the last prompt token, t = -1, towards gamma G_0: V(s_0), what
-this policy will get on this prompt.
+this policy will get on this prompt. The head reads [h_t, h_{t-1} * e(a_t)], hidden states and the embedding
+of a_t: the product tells whether the trunk expected that token.
 
 Deviations from the paper
 1. TD(lambda) with lambda 0.95. The paper's lambda = 0 carries the reward back by one token per update.
@@ -23,6 +24,7 @@ Deviations from the paper
 3. A linear decay of the learning rate, which the paper does not mention.
 4. Answers in tau are cut to --tau-length tokens, and tau and prompt get half of --max-length: three whole
    answers of 1,024 tokens would leave no room for the response.
+5. The head sees the token beside the state; the paper's reads h_t alone, and hardly saw rare mistakes.
 
     python train_gvm.py                                         the embedded world on a CPU
     python train_gvm.py --model llama3-3b                       one GPU
@@ -295,7 +297,7 @@ def main(argv=None):
         args.tau_pairs = 0
     common.check_context(gvm, args.max_length, "--max-length")
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
-    gvm.add_head("gvm")
+    gvm.add_head("gvm", sees_token=True)
     common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
     if common.rank() == 0:
         rewards = [row["reward"] for row in data]

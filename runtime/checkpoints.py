@@ -53,6 +53,7 @@ def save_adapter(model, name, tok, folder, **meta):
             weights = {k: p.detach().cpu().contiguous() for k, p in own.items()}
             save_file(weights, os.path.join(tmp, "adapter.safetensors"))
             about = dict(name=name, **model.adapters[name], **model.fingerprints(tok), **meta)
+            about["sees_token"] = model.heads[name].sees_token
             write_json(os.path.join(tmp, "adapter.json"), about)
 
 
@@ -68,7 +69,7 @@ def load_adapter(model, tok, folder, made_by):
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
-    model.add_head(meta["name"])
+    model.add_head(meta["name"], meta.get("sees_token", False))
     for key, p in model.adapter_parameters(meta["name"]).items():
         p.requires_grad_(False).copy_(own[key])
     return meta

@@ -54,6 +54,13 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
             "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
 
 
+def check_context(model, tokens, flags):
+    """Refuse what the positions of the model cannot hold."""
+    context = getattr(model.lm.config, "max_position_embeddings", None)
+    if context and tokens > context:
+        die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
+
+
 def activation_bytes(model):
     """Bytes that a backward pass keeps per token, measured on one short row."""
     ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)

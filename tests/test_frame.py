@@ -44,7 +44,7 @@ def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
     tok = toy.tokenizer()
     for model in (tiny_gpt2(), tiny_llama()):
         model.add_adapter("gvm", 4, 8.0)
-        model.add_head("gvm")
+        model.add_head("gvm", sees_token=True)
         for k, p in model.named_parameters():
             if ".B." in k or "heads" in k:
                 torch.nn.init.normal_(p, std=0.1)

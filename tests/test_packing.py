@@ -29,7 +29,7 @@ def sequences(tok):
 def test_packed_rows_equal_rows_one_by_one(tiny):
     """Values, targets and loss, against each row read by itself behind the same tau."""
     tok, model = toy.tokenizer(), tiny()
-    model.add_head("gvm")
+    model.add_head("gvm", sees_token=True)
     torch.nn.init.normal_(model.heads["gvm"].weight, std=0.1)
     ids, attn, mask, score = train_gvm.training_frame(sequences(tok), "cpu")
     states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
@@ -46,8 +46,11 @@ def test_packed_rows_equal_rows_one_by_one(tiny):
             prompt = common.append_to_prefix(tok, prompt, common.encode_prompt(tok, ROWS[k]["prompt"]))
             response = common.encode_response(tok, ROWS[k]["response"])
             with torch.no_grad():
-                h = model.lm.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
-                v = model.heads["gvm"](h)[len(prompt) - 1:, 0].tolist()
+                whole = torch.tensor([prompt + response])
+                h = model.lm.base_model(whole).last_hidden_state[0]
+                token = model.lm.get_input_embeddings().weight[whole[0, 1:]]
+                x = torch.cat([h[1:], h[:-1] * token], -1)          # at the second token and after
+                v = model.heads["gvm"](x)[len(prompt) - 2:, 0].tolist()
             G = [0.0] * len(response) + [ROWS[k]["reward"]]         # the recursion of eq. (1), in floats
             for t in reversed(range(len(response))):
                 G[t] = ARGS.gamma * (0.3 * v[t + 1] + 0.7 * G[t + 1])

@@ -96,7 +96,8 @@ def make(shape, prompt):
         model, tok = common.load_model(f"{out}/model", trainable=False), common.load_tokenizer(f"{out}/model")
         for name, meta in ("gvm", dict(q_mean=0.0, q_std=1.0, tau_pairs=PAIRS, tau_length=128,
                                        max_length=1024)), ("rm", dict(mean=0.0, std=1.0)):
-            model.add_adapter(name, 8, 32), model.add_head(name)
+            model.add_adapter(name, 8, 32)
+            model.add_head(name, sees_token=name == "gvm")
             common.save_adapter(model, name, tok, f"{out}/{name}", **meta)
     return out
 
