@@ -34,8 +34,7 @@ from transformers.utils import logging as hf_logging
 from runtime.checkpoints import Checkpoints, load_adapter, missing_model, positions, save_adapter, save_model
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan
-from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes
-from runtime.metrics import synchronize, token_mean
+from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
 from runtime.processes import gathered, rank, seed, start, world, write_json
 from runtime.rows import batch_indices, load_function, read_rows, show_batch
@@ -78,14 +77,15 @@ PRESETS = {                     # one line per model
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 def flags(doc, argv, *stages):
     """-> the parser with the flags that every stage has, and the defaults of the --model that argv names.
 
     --model is a name of PRESETS, or a hub id or local folder, which takes the paper's hyper-parameters.
     """
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
     p = argparse.ArgumentParser(description=doc, formatter_class=Help)
     p.add_argument("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or local folder")
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]

@@ -42,6 +42,7 @@ import torch
 import common
 import dvpo
 import ppo_baseline
+from runtime.metrics import synchronize
 
 
 def gpt2(vocab, width, layers, heads):
@@ -126,10 +127,10 @@ def child(method, folder, lengths, argv):
         return append_responses(ids, attn, response, mask)
 
     def timed_step(self, *a, **k):
-        common.synchronize()
+        synchronize()
         start = time.perf_counter()
         step(self, *a, **k)
-        common.synchronize()
+        synchronize()
         spent["optimizer"] += time.perf_counter() - start
 
     def log_and_wait(self, number, **metrics):
@@ -252,10 +253,10 @@ def machine(shape, rows):
     def best(f):
         times = []
         for _ in range(12):
-            common.synchronize()
+            synchronize()
             begin = time.perf_counter()
             f()
-            common.synchronize()
+            synchronize()
             times.append(time.perf_counter() - begin)
         return min(times)
 
@@ -354,10 +355,10 @@ def decode(a, shape):
     with torch.no_grad():
         for _ in range(a.rounds + 1):
             for name, f in runs.items():
-                common.synchronize()
+                synchronize()
                 begin = time.perf_counter()
                 f()
-                common.synchronize()
+                synchronize()
                 seconds[name].append(time.perf_counter() - begin)
         args.temperature, _ = 1e-5, model.float()  # in bf16 the two best are often equal
         greedy = model.lm.generate(ids, do_sample=False, **{**plain, "top_k": None, "top_p": None})[:,
@@ -403,11 +404,11 @@ def attention(a):
             torch.cuda.reset_peak_memory_stats()
         held, seconds = torch.cuda.memory_allocated() if CUDA else 0, []
         for _ in range(1 + a.rounds):
-            common.synchronize()
+            synchronize()
             begin = time.perf_counter()
             for k, v in layers:
                 f(k, v)
-            common.synchronize()
+            synchronize()
             seconds.append((time.perf_counter() - begin) / len(layers))
         out[way] = dict(seconds=statistics.median(seconds[1:]),
                         off=(f(k, v) - ways["enable_gqa, no mask"](k, v)).abs().max().item(),
