@@ -24,7 +24,7 @@ Deviations from the paper
 3. A linear decay of the learning rate, which the paper does not mention.
 4. Answers in tau are cut to --tau-length tokens, and tau and prompt get half of --max-length: three whole
    answers of 1,024 tokens would leave no room for the response.
-5. The head sees the token beside the state; the paper's reads h_t alone, and hardly saw rare mistakes.
+5. The head sees the token beside the state. The paper's, --plain-head, hardly sees rare mistakes.
 
     python train_gvm.py                                         the embedded world on a CPU
     python train_gvm.py --model llama3-3b                       one GPU
@@ -63,6 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
                    help="normalise Q in the loss, eq. (2) (paper: yes)")
+    p.add_argument("--plain-head", action="store_true", help="the head reads h_t alone (paper: yes)")
     p.add_argument("--tau-pairs", type=int, help=f"most pairs in tau (default: {d.tau_pairs} or --gvm's)")
     p.add_argument("--tau-length", type=int, default=d.tau_length, help="of each answer in tau (paper: all)")
     p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
@@ -297,7 +298,7 @@ def main(argv=None):
         args.tau_pairs = 0
     common.check_context(gvm, args.max_length, "--max-length")
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
-    gvm.add_head("gvm", sees_token=True)
+    gvm.add_head("gvm", sees_token=not args.plain_head)
     common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
     if common.rank() == 0:
         rewards = [row["reward"] for row in data]

@@ -138,21 +138,21 @@ def event(state, word, nouns):
     return ("wrong noun" if after.at == "noun" and after.noun == 2 else None), after
 
 
-def changes(seed, pairs, n=4000):
+def changes(seed, pairs, gvm="gvm", n=4000):
     """What each word of BLUNDERS does to Q in n answers of the expert, behind so many pairs of its tau.
 
     -> {blunder: (how many, learned, exact)}
     """
     root, rng, found = f"out/seeds/{seed}", np.random.default_rng(seed), collections.defaultdict(list)
     tok = common.load_tokenizer(f"{root}/sft/model")
-    gvm = common.load_model(f"{root}/sft/model", trainable=False).eval()
-    meta = common.load_adapter(gvm, tok, f"{root}/gvm/model", made_by="python experiments/seeds.py")
+    model = common.load_model(f"{root}/sft/model", trainable=False).eval()
+    meta = common.load_adapter(model, tok, f"{root}/{gvm}/model", made_by="python experiments/seeds.py")
     data = train_gvm.Labelled(["data/toy/gvm_heldout.jsonl"])
     prompts = [row["prompt"] for row in common.read_rows("data/toy/prompts_heldout.jsonl", ["prompt"])]
     prompts = itertools.islice(itertools.cycle(prompts), n)
     rows = [dict(prompt=p, response=toy.sample(p, "expert", rng)) for p in prompts]
     taus = [data.tau("expert", row["prompt"], pairs, rng) for row in rows]
-    values = train_gvm.token_values(gvm, tok, rows, taus, argparse.Namespace(**meta), "cpu", 64)
+    values = train_gvm.token_values(model, tok, rows, taus, argparse.Namespace(**meta), "cpu", 64)
     for row, (ids, q) in zip(rows, values, strict=True):
         state, nouns, words = toy.State(), toy.requested(row["prompt"]), tok.convert_ids_to_tokens(ids)
         exact = [toy.true_q(row["prompt"], " ".join(words[:t]), "expert") for t in range(len(words) + 1)]

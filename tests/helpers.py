@@ -110,7 +110,8 @@ def build_world():
         path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
         "--max-steps", 400)
     run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 250, "--tau-pairs", 1)
-    run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 400, "--tau-pairs", 0, "--batch-size", 64)
+    run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 400, "--tau-pairs", 0, "--batch-size", 64,
+        "--plain-head")
 
 
 WORLD = "toy", "sft", "gvm", "gvm0"
