@@ -148,7 +148,8 @@ def report(seeds):
             values = [f"{cell[key]:.3f}" for key in ("final", "best", "heldout", "kl")]
             cells.append([cell["stage"], f"{lr:g}", kl_coef, *values])
     names = ["stage", "lr", "kl_coef", "final", "best", "fresh", "KL"]
-    lines += ["", f"## Tuning, seed {TUNING}, the same grid for both", "", *table(names, cells)]
+    if cells:
+        lines += ["", f"## Tuning, seed {TUNING}, the same grid for both", "", *table(names, cells)]
 
     cells = []
     data["reach"] = {str(share): [reach(s["seed"], share) for s in seeds] for share in (0.8, 0.9, 1.0)}
