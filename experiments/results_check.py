@@ -108,6 +108,13 @@ def embedded_world():
     yield "KL to SFT, nats per response " + row(*kl)
 
 
+def equal_kl():
+    runs, ppo = read("equal_kl.json")["runs"], Toy().values("ppo")
+    final, kl = (np.mean([run[key] for run in runs]) for key in ("final", "kl"))
+    yield f"At kl_coef 0.15 DVPO ends at {final:.3f} with KL {kl:.2f}"
+    yield f"{interval(np.subtract([run['final'] for run in runs], ppo), 3)} above PPO at no higher KL"
+
+
 def earlier_draws():
     for name, label in ("dvpo", "DVPO ended"), ("ppo", "PPO"), ("dvpo_no_tau", "DVPO without a tau"):
         draws = [read(file)["seeds"] for file in ("toy_before.json", "toy_constant_lr.json")]
@@ -338,7 +345,7 @@ def soak():
     yield f"the launcher ended {data['rank']['seconds']:.0f} seconds later"
 
 
-CLAIMS = (demo, embedded_world, earlier_draws, gvm, without_tau, last_update, lr_decay, exact_values, head,
+CLAIMS = (demo, embedded_world, equal_kl, earlier_draws, gvm, without_tau, last_update, lr_decay, exact_values, head,
           ablations, theorem, real_text, cost, cost_of_parts, plans, soak)
 
 
