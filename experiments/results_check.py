@@ -345,8 +345,8 @@ def soak():
     yield f"the launcher ended {data['rank']['seconds']:.0f} seconds later"
 
 
-CLAIMS = (demo, embedded_world, equal_kl, earlier_draws, gvm, without_tau, last_update, lr_decay, exact_values, head,
-          ablations, theorem, real_text, cost, cost_of_parts, plans, soak)
+CLAIMS = (demo, embedded_world, equal_kl, earlier_draws, gvm, without_tau, last_update, lr_decay,
+          exact_values, head, ablations, theorem, real_text, cost, cost_of_parts, plans, soak)
 
 
 def pages():

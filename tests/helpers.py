@@ -109,7 +109,7 @@ def build_world():
     run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout",
         path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
         "--max-steps", 400)
-    run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 250, "--tau-pairs", 1)
+    run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 300, "--tau-pairs", 1, "--batch-size", 48)
     run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 400, "--tau-pairs", 0, "--batch-size", 64,
         "--plain-head")
 
