@@ -22,8 +22,8 @@ Deviations from the paper
 2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its running
    mean and sigma are saved either way; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
-4. Answers in tau are cut to --tau-length tokens, and tau and prompt get half of --max-length: three whole
-   answers of 1,024 tokens would leave no room for the response.
+4. Answers in tau are cut to --tau-length tokens, where their reward then stands, and tau and prompt get half
+   of --max-length: three whole answers of 1,024 tokens would leave no room for the response.
 5. The head sees the token beside the state. The paper's, --plain-head, hardly sees rare mistakes.
 
     python train_gvm.py                                         the embedded world on a CPU
