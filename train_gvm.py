@@ -7,8 +7,8 @@ Writes  a LoRA adapter and a scalar head on that trunk                      out/
 
 tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the
 prompt in the same template. Rows are packed: each stands after --tau-pairs others of its policy, and all of
-these are trained, each given those before it. So the GVM learns tau of every length, and to do without one.
-Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
+these are trained, each given those before it. So the GVM learns to do with any tau, and without. In an epoch
+every row is the last of one sequence. Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
 
     L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,
     G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}), and the reward of the response at its last token.
@@ -54,7 +54,8 @@ def parse_args(argv=None):
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="per update and GPU (paper 32)")
+    p.add_argument("--batch-size", type=int, default=d.batch_size,
+                   help="sequences per update and GPU (paper: 32 rows)")
     p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")

@@ -15,7 +15,6 @@ Writes out/exact/SEED/..., results/exact.json and .md.
 """
 import argparse
 import collections
-import concurrent.futures
 import functools
 import itertools
 import os
@@ -32,7 +31,17 @@ import dvpo
 import train_gvm
 from data import toy
 from experiments.seeds import NO_TAU, STEPS
-from experiments.shared import commit, final, interval, machine, stage, table, write_results
+from experiments.shared import (
+    commit,
+    final,
+    interval,
+    machine,
+    seeds_parser,
+    stage,
+    table,
+    two_at_a_time,
+    write_results,
+)
 
 RUNS = {"dvpo": (), **NO_TAU}                           # flags of dvpo.py, named as in experiments/seeds.py
 BLUNDERS = "unkind", "broken", "wrong noun", "early end"
@@ -197,10 +206,7 @@ def report(seeds):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)     # --seed is dvpo.py's
-    p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
-    p.add_argument("--report", action="store_true", help="run nothing")
+    p = seeds_parser(__doc__, allow_abbrev=False)       # --seed is dvpo.py's
     p.add_argument("--one", action="store_true", help="only one run of dvpo.py, with the other flags")
     args, rest = p.parse_known_args()
     if args.one:
@@ -209,8 +215,7 @@ def main():
     if rest:
         p.error(f"{' '.join(rest)}: only with --one")
     if not args.report:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            list(pool.map(runs, args.seeds))
+        two_at_a_time(runs, args.seeds)
     report(args.seeds)
 
 

@@ -6,8 +6,6 @@ SFT models, labelled rows, seeds and flags are those of experiments/seeds.py, wh
 The second table says where the values err: what single words do to Q in fresh answers of the expert.
 Writes out/seeds/SEED/plain_head/..., results/head.json and .md.
 """
-import argparse
-import concurrent.futures
 import os
 import sys
 
@@ -17,7 +15,17 @@ import numpy as np
 
 from experiments.exact import BLUNDERS, changes
 from experiments.seeds import NO_TAU, STEPS, read
-from experiments.shared import commit, final, interval, machine, stage, table, write_results
+from experiments.shared import (
+    commit,
+    final,
+    interval,
+    machine,
+    seeds_parser,
+    stage,
+    table,
+    two_at_a_time,
+    write_results,
+)
 
 HEADS = {"h_t": "plain_head/", "[h_t, h_{t-1} * e(a_t)]": ""}       # what a head reads, and its folder
 RUNS = {"dvpo": (), "dvpo_no_tau": NO_TAU["dvpo_no_tau"]}
@@ -69,13 +77,9 @@ def report(seeds):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
-    p.add_argument("--report", action="store_true", help="run nothing")
-    args = p.parse_args()
+    args = seeds_parser(__doc__).parse_args()
     if not args.report:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            list(pool.map(runs, args.seeds))
+        two_at_a_time(runs, args.seeds)
     report(args.seeds)
 
 

@@ -7,8 +7,6 @@ Two processes at a time, one thread each. RL runs go half as long again as the d
 reward falls. The GVM serves twice: with its tau, and without one (--tau-pairs 0).
 Writes out/seeds/SEED/..., results/toy.json and results/toy.md.
 """
-import argparse
-import concurrent.futures
 import itertools
 import json
 import os
@@ -19,7 +17,17 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from experiments.shared import commit, final, interval, machine, stage, table, write_results
+from experiments.shared import (
+    commit,
+    final,
+    interval,
+    machine,
+    seeds_parser,
+    stage,
+    table,
+    two_at_a_time,
+    write_results,
+)
 
 STEPS = 150
 LRS, KL_COEFS = (1e-4, 3e-4), (0.02, 0.05, 0.1)
@@ -168,15 +176,11 @@ def report(seeds):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
-    p.add_argument("--report", action="store_true", help="run nothing")
-    args = p.parse_args(argv)
+    args = seeds_parser(__doc__).parse_args(argv)
     if not args.report:
         grid = itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            list(pool.map(chain, [*args.seeds, TUNING]))
-            list(pool.map(tuning, grid))
+        two_at_a_time(chain, [*args.seeds, TUNING])
+        two_at_a_time(tuning, grid)
     report(args.seeds)
 
 

@@ -1,4 +1,6 @@
 """What the experiments share: runs of a stage, intervals over seeds, commit and machine, results on disk."""
+import argparse
+import concurrent.futures
 import json
 import os
 import platform
@@ -24,6 +26,20 @@ def stage(script, out, *argv):
                        check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     with open(done, "w") as f:
         f.write(words)
+
+
+def seeds_parser(doc, **kwargs):
+    """--seeds and --report, which every experiment over seeds has."""
+    kwargs |= dict(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(**kwargs)
+    p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
+    p.add_argument("--report", action="store_true", help="run nothing")
+    return p
+
+
+def two_at_a_time(function, jobs):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(function, jobs))
 
 
 def interval(x, digits=2, sign=""):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import HERE, path, resume_cases, rewind, run, same_run, weights, world
+from helpers import HERE, path, refused, resume_cases, rewind, run, same_run, weights, world
 
 import common
 import dvpo
@@ -29,7 +29,7 @@ def test_resume_equals_a_straight_run(case, zero):
     same_run(run(stage, *argv, "--out", again, "--resume"), rows)
     resumed = weights(os.path.join(again, "model"))
     for key, w in weights(os.path.join(straight, "model")).items():
-        assert torch.equal(w, resumed[key]), key
+        assert w.dtype == torch.bfloat16 and torch.equal(w, resumed[key]), key
 
 
 def test_damaged_checkpoint():
@@ -44,6 +44,7 @@ def test_damaged_checkpoint():
         f.write(b"\0\1\2\3")  # same size, other bytes
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         dvpo.main([*argv, "--out", out, "--resume", "--clip", "0.3", "--max-steps", "3"])
+    refused(lambda: dvpo.main([*argv, "--out", out, "--resume", "--dtype", "bf16"]), "--dtype auto")
     assert "step_4" in err.getvalue()
     assert sorted(os.listdir(os.path.join(out, "checkpoint"))) == ["step_2", "step_4.damaged"]
     with open(os.path.join(out, "metrics.jsonl")) as f:

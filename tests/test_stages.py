@@ -141,3 +141,38 @@ def test_help_teaches():
             except SystemExit as e:
                 assert e.code == 0
         assert all(word in text.getvalue() for word in ("2502.16944", "paper", "(default: "))
+
+
+def test_dry_run():
+    """Every stage shows its first row, the trained part marked, and leaves what is in --out as it is."""
+    world()
+    rl = (*RL, "--batch-size", "16", "--mini-batch-size", "8")
+    gvm = (*GVM, "--out", path("gvm"))
+    pairs = ("--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
+    before = weights(path("gvm/model")), open(path("gvm/metrics.jsonl")).read()
+    for stage, argv in ((sft, (*RL[:2], "--data", path("toy/sft.jsonl"), "--heldout",
+                               path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts.jsonl"),
+                               "--out", path("dry"))),
+                        (train_gvm, gvm), (dvpo, (*rl, "--gvm", path("gvm/model"), "--out", path("dry"))),
+                        (ppo_baseline, (*rl, *pairs, "--rm", path("no_rm/model"), "--out", path("dry")))):
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            stage.main([*argv, "--dry-run"])
+        text = said.getvalue().splitlines()[-1]
+        parts = text.replace("]]", "[[").split("[[")                # prompt, trained, prompt, trained, ...
+        assert parts[0].startswith("<bos> <user> review") and parts[0].endswith("<assistant>"), text
+        assert len(parts) >= 3 and not any("<user>" in part for part in parts[1::2]), text
+        assert stage is not train_gvm or len(parts) == 7, text      # three packed rows
+    after = weights(path("gvm/model")), open(path("gvm/metrics.jsonl")).read()
+    assert before[1] == after[1] and all(torch.equal(w, after[0][key]) for key, w in before[0].items())
+    assert os.listdir(path("dry")) == ["dry_run"] and not os.path.exists(path("no_rm"))
+
+
+def test_rows_without_names_make_a_gvm_without_tau():
+    world()
+    with open(path("toy/gvm_small.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    with open(path("unnamed.jsonl"), "w") as f:
+        f.writelines(json.dumps({k: v for k, v in row.items() if k != "policy"}) + "\n" for row in rows)
+    run(train_gvm, *GVM[:2], "--data", path("unnamed.jsonl"), "--heldout", path("unnamed.jsonl"), "--out",
+        path("unnamed"), "--max-steps", 1)
+    assert json.load(open(path("unnamed/model/adapter.json")))["tau_pairs"] == 0
