@@ -151,9 +151,10 @@ def encode(tok, row, tau, args):
 
 
 def training_frame(sequences, device):
-    """What encode returns, B times -> ids, attn (B, P+T), mask (B, T), score (B, T+1) for td_targets.
+    """What encode returns, B times -> ids, attn (B, P+T), mask (B, T), states, score (B, T+1).
 
-    P is the first prompt. mask is True on all responses, that of the row and those of its tau.
+    P is the first prompt. mask is True on all responses, that of the row and those of its tau; states has the
+    last prompt token of each beside them; score is for td_targets.
     """
     prompts = [ids[:spans[0][0]] for ids, spans in sequences]
     rest = [ids[len(prompt):] for (ids, _), prompt in zip(sequences, prompts, strict=True)]
@@ -163,7 +164,8 @@ def training_frame(sequences, device):
         for begin, end, reward in spans:
             mask[b, begin - len(prompts[b]):end - len(prompts[b])] = True
             score[b, end - len(prompts[b])] = reward
-    return [tensor.to(device) for tensor in (ids, attn, mask, score)]
+    states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
+    return [tensor.to(device) for tensor in (ids, attn, mask, states, score)]
 
 
 # Table 4, figure 4
@@ -323,10 +325,9 @@ def main(argv=None):
             sequences.append(encode(tok, data[i], tau, args))
         if not args.batch_norm:                                 # which needs random micro-batches
             sequences.sort(key=lambda sequence: len(sequence[0]))
-        ids, attn, mask, score = training_frame(sequences, device)
+        ids, attn, mask, states, score = training_frame(sequences, device)
         if args.dry_run:
             return common.show_batch(tok, ids, attn, mask, steps)
-        states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))      # (B, T+1): with each last prompt token
         n_states = common.all_sum(states.sum())
 
         # 2. update

@@ -31,8 +31,7 @@ def test_packed_rows_equal_rows_one_by_one(tiny):
     tok, model = toy.tokenizer(), tiny()
     model.add_head("gvm", sees_token=True)
     torch.nn.init.normal_(model.heads["gvm"].weight, std=0.1)
-    ids, attn, mask, score = train_gvm.training_frame(sequences(tok), "cpu")
-    states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
+    ids, attn, mask, states, score = train_gvm.training_frame(sequences(tok), "cpu")
     with torch.no_grad():
         q = model(ids, attn, mask.shape[1], head="gvm")
     targets = train_gvm.td_targets(q, score, ARGS.gamma, ARGS.td_lambda)
@@ -64,7 +63,7 @@ def test_packed_rows_equal_rows_one_by_one(tiny):
 
 def test_targets_do_not_leak_between_rows():
     tok = toy.tokenizer()
-    ids, attn, mask, score = train_gvm.training_frame(sequences(tok)[:1], "cpu")
+    _, _, mask, _, score = train_gvm.training_frame(sequences(tok)[:1], "cpu")
     q = torch.linspace(-1, 1, score.numel())[None]
     before = train_gvm.td_targets(q, score, 1.0, 0.95)
     begins = (F.pad(mask, (0, 1)) & ~F.pad(mask, (1, 0))).nonzero()[:, 1].tolist()     # of V(s_0), three rows
@@ -82,7 +81,7 @@ def test_what_is_trained():
     """Responses and their last prompt tokens. A row without a policy is alone; a tau needs room."""
     tok = toy.tokenizer()
     n = [len(common.encode_response(tok, row["response"])) for row in ROWS]
-    _, _, mask, score = train_gvm.training_frame(sequences(tok), "cpu")
+    _, _, mask, _, score = train_gvm.training_frame(sequences(tok), "cpu")
     assert mask.sum(1).tolist() == [sum(n), n[0], n[0] + n[1]]
     assert score[0][score[0].isfinite()].tolist() == [0.5, -1.0, 0.25]
     assert math.isnan(score[1, -1]) and score[1][score[1].isfinite()].tolist() == [0.5]
