@@ -11,7 +11,6 @@ What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` 
 import argparse
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -31,18 +30,17 @@ from transformers.utils import logging as hf_logging
 
 # isort: off
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
-from runtime.checkpoints import Checkpoints, load_adapter, missing_model, positions, save_adapter, save_model
+from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model, trunk_fingerprint
 from runtime.graphs import StaticDecoder
-from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan
+from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan, positions
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
-from runtime.processes import gathered, rank, seed, start, world, write_json
-from runtime.rows import batch_indices, load_function, read_rows, show_batch
+from runtime.processes import gathered, missing_model, rank, seed, start, world, write_json
+from runtime.rows import Rows, batch_indices, load_function, only_text, read_rows, show_batch
 # isort: on
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
-
 DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.json")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,17 +178,8 @@ class LM(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.heads, self.adapters, digest = lm, nn.ModuleDict(), {}, hashlib.sha256()
-        for key, w in sorted(lm.state_dict().items()):          # now, as ZeRO-3 will shard the weights
-            values = w.detach().flatten()[:64].bfloat16().float().cpu().numpy()    # CPU and GPU agree
-            digest.update(f"{key}{tuple(w.shape)}".encode() + values.tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
-
-    def fingerprints(self, tok):
-        """What an adapter of this model needs under it: hashes of the trunk and of the tokenizer."""
-        words = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
-        digest = hashlib.sha256(json.dumps(words).encode())
-        return dict(trunk=self.fingerprint, tokenizer=digest.hexdigest()[:16])
+        self.lm, self.heads, self.adapters = lm, nn.ModuleDict(), {}
+        self.fingerprint = trunk_fingerprint(lm)        # now, as ZeRO-3 will shard the weights
 
     def add_adapter(self, name, r, alpha, dropout=0.0):
         """LoRA on every linear projection of the blocks, whatever the architecture."""
@@ -321,11 +310,9 @@ def token_logp(hidden, targets, logits, temperature=1.0, sharded=False):
     def logp(h, y):
         return TokenLogp.apply(logits(h), y, temperature)
 
-    parts = []
-    for h, y in zip(hidden.tensor_split(n), targets.tensor_split(n), strict=True):
-        recompute = n > 1 and torch.is_grad_enabled()
-        parts.append(checkpoint(logp, h, y, use_reentrant=False) if recompute else logp(h, y))
-    return torch.cat(parts)
+    recompute = n > 1 and torch.is_grad_enabled()
+    run = functools.partial(checkpoint, logp, use_reentrant=False) if recompute else logp
+    return torch.cat(list(map(run, hidden.tensor_split(n), targets.tensor_split(n))))
 
 
 def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kwargs):
@@ -490,17 +477,6 @@ def load_tokenizer(path):
     return tok
 
 
-@functools.lru_cache(4)
-def control_tokens(tok):
-    names = {t.content for t in tok.added_tokens_decoder.values() if t.special} | set(tok.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-
-
-def only_text(tok, text):
-    """User text in which no string is a control token: `<|eot_id|>` becomes `< |eot_id|>`."""
-    return control_tokens(tok).sub(lambda match: match[0][:1] + " " + match[0][1:], text)
-
-
 def encode_prompt(tok, prompt):
     """Prompt (a string, or a list of {role, content}) -> ids up to the beginning of the response, one bos."""
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
@@ -533,8 +509,8 @@ def append_to_prefix(tok, prefix, ids):
 def prepend_tau(tok, tau, prompt, room, tau_length):
     """tau, a list of (prompt ids, response ids), in front of a prompt; responses cut to tau_length tokens.
 
-    Pairs that do not fit into `room` tokens, prompt included, are left out. -> ids, [(pair, begin, end)]: the
-    number of each pair that is in, and where its response is.
+    Pairs that do not fit into `room` tokens, prompt included, are left out. -> ids, and for each pair that is
+    in [(its number, where its response begins, where it ends), ...].
     """
     prefix, spans = [], []
     for k, (p, r) in enumerate(tau):
@@ -553,6 +529,30 @@ def frame(prompts, responses, device="cpu"):
         ids[row, P - len(p):P + len(r)] = torch.tensor(p + r)
         attn[row, P - len(p):P + len(r)] = 1
     return ids.to(device), attn.to(device), attn[:, P:].bool().to(device)
+
+
+def pack(tok, row, before, max_length, tau_length):
+    """The rows `before`, then this row -> ids, [(row, where its response begins, where it ends), ...].
+
+    Responses before are cut to tau_length tokens; all that stands before the last one has half of max_length.
+    """
+    pairs = [(encode_prompt(tok, r["prompt"]), encode_response(tok, r["response"])) for r in before]
+    half = max_length // 2
+    ids, spans = prepend_tau(tok, pairs, encode_prompt(tok, row["prompt"])[-half:], half, tau_length)
+    response = encode_response(tok, row["response"])[:max_length - len(ids)]
+    spans = [(before[k], begin, end) for k, begin, end in spans]
+    return ids + response, [*spans, (row, len(ids), len(ids) + len(response))]
+
+
+def packed_frame(sequences, device="cpu"):
+    """What pack returned, B times -> ids, attn (B, P+T), mask (B, T), True on every response."""
+    parts = [(ids[:spans[0][1]], ids[spans[0][1]:]) for ids, spans in sequences]
+    ids, attn, mask = frame(*zip(*parts, strict=True))
+    mask[:] = False
+    for row, (_, spans) in zip(mask, sequences, strict=True):
+        for _, begin, end in spans:
+            row[begin - spans[0][1]:end - spans[0][1]] = True
+    return ids.to(device), attn.to(device), mask.to(device)
 
 
 def append_responses(ids, attn, response, mask):

@@ -9,6 +9,8 @@ AdamW, cosine decay, 2 warm-up steps, batch 16, 3 epochs (arXiv 2502.16944 v1, a
 Deviations from the paper
 1. It gives one batch size for 8 GPUs. Here every batch size is per GPU, the only reading under which its
    batches of 4 and 8 can be split over 8 GPUs.
+2. --pack N puts N rows of the same policy (where rows name one) before each, and trains all of them: the
+   trunk of train_gvm.py should know conversations that look like a tau.
 
     python sft.py                                               the embedded world on a CPU
     python sft.py --model llama3-3b                             one GPU
@@ -17,13 +19,14 @@ Deviations from the paper
 import math
 import os
 
+import numpy as np
 import torch
 
 import common
 
 
 def parse_args(argv=None):
-    p, d = common.flags(__doc__, argv, "sft")
+    p, d = common.flags(__doc__, argv, "gvm", "sft")
     p.add_argument("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
     p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows to measure on")
     p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")
@@ -36,6 +39,8 @@ def parse_args(argv=None):
     p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="of linear warm-up (paper 2)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length, help="tokens; prompts get half at most")
+    p.add_argument("--pack", type=int, default=0, help="rows of the same policy put before each one")
+    p.add_argument("--tau-length", type=int, default=d.tau_length, help="--pack: of each answer in front")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
     p.add_argument("--reward", default=d.reward,
                    help="FILE.py:function(prompt, response) -> float, scores samples at the end")
@@ -54,13 +59,6 @@ def cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def encode(tok, rows, max_length):
-    """Rows -> lists of prompt ids and response ids, cut to max_length together."""
-    prompts = [common.encode_prompt(tok, row["prompt"])[-(max_length // 2):] for row in rows]
-    responses = [common.encode_response(tok, row["response"]) for row in rows]
-    return prompts, [r[:max_length - len(p)] for p, r in zip(prompts, responses, strict=True)]
-
-
 @torch.no_grad()
 def heldout_loss(policy, tok, rows, args, device):
     """Mean cross-entropy per response token over the held-out rows, every rank a share."""
@@ -68,8 +66,8 @@ def heldout_loss(policy, tok, rows, args, device):
     step = args.batch_size * common.world()
     for i in range(0, len(rows), step):
         index = range(i + common.rank(), i + step, common.world())           # as many on every rank
-        encoded = encode(tok, [rows[j % len(rows)] for j in index], args.max_length)
-        ids, attn, mask = common.frame(*encoded, device)
+        alone = [common.pack(tok, rows[j % len(rows)], [], args.max_length, 0) for j in index]
+        ids, attn, mask = common.packed_frame(alone, device)
         mask = mask & torch.tensor([j < len(rows) for j in index], device=device)[:, None]   # no row twice
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
@@ -99,7 +97,7 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
 
 def main(argv=None):
     args = parse_args(argv)
-    train = common.read_rows(args.data, ["prompt", "response"])
+    train = common.Rows(common.read_rows(args.data, ["prompt", "response"]))
     heldout = common.read_rows(args.heldout, ["prompt", "response"])
     reward = common.load_function(args.reward)
     prompts = common.read_rows(args.prompts, ["prompt"]) if reward else None
@@ -120,9 +118,13 @@ def main(argv=None):
 
     policy.train()
     for step in range(first, steps):
-        # 1. batch
-        rows = [train[i] for i in common.batch_indices(len(train), batch, step, args.seed)]
-        ids, attn, mask = common.frame(*encode(tok, rows, args.max_length), device)
+        # 1. batch: rows, each after --pack others of its policy
+        sequences = []
+        for i in common.batch_indices(len(train), batch, step, args.seed):
+            rng = np.random.default_rng([args.seed, step, i])
+            before = train.draw(train[i].get("policy"), train[i]["prompt"], args.pack, rng)
+            sequences.append(common.pack(tok, train[i], before, args.max_length, args.tau_length))
+        ids, attn, mask = common.packed_frame(sequences, device)
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = ids[order], attn[order], mask[order]
         if args.dry_run:

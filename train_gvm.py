@@ -114,11 +114,11 @@ def gvm_loss(q, score, mask, args):
 
 # Offline data: rows, and tau
 
-class Labelled(list):
+class Labelled(common.Rows):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
     def __init__(self, paths):
-        super().__init__()
+        rows = []
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
             for line in common.read_rows(path, *kinds):
@@ -126,46 +126,26 @@ class Labelled(list):
                 sides = [("response", line["reward"], "policy")] if "reward" in line else pair
                 for side, reward, policy in sides:
                     row = dict(response=line[side], reward=float(reward), policy=line.get(policy))
-                    self.append(dict(row, prompt=line["prompt"]))
-        self.by_policy = {}                                     # {policy: its rows' numbers}
-        for i, row in enumerate(self):
-            self.by_policy.setdefault(row["policy"], []).append(i)
+                    rows.append(dict(row, prompt=line["prompt"]))
+        super().__init__(rows)
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy."""
-        own = self.by_policy[policy] if policy is not None and pairs else []
-        drawn = (self[own[i]] for i in rng.choice(len(own), min(len(own), 2 * pairs), replace=False))
-        return list(itertools.islice((row for row in drawn if row["prompt"] != prompt), pairs))
-
-
-def encode(tok, row, tau, args):
-    """tau and then the row -> ids, [(where a response begins, where it ends, its reward)], the row's last."""
-    pairs, half = [], args.max_length // 2
-    for t in tau:
-        pairs.append((common.encode_prompt(tok, t["prompt"]), common.encode_response(tok, t["response"])))
-    prompt = common.encode_prompt(tok, row["prompt"])[-half:]
-    ids, spans = common.prepend_tau(tok, pairs, prompt, half, args.tau_length)
-    response = common.encode_response(tok, row["response"])[:args.max_length - len(ids)]
-    spans = [(begin, end, tau[k]["reward"]) for k, begin, end in spans]
-    return ids + response, [*spans, (len(ids), len(ids) + len(response), row.get("reward"))]
+        return [] if policy is None else self.draw(policy, prompt, pairs, rng)
 
 
 def training_frame(sequences, device):
-    """What encode returns, B times -> ids, attn (B, P+T), mask (B, T), states, score (B, T+1).
+    """What common.pack returned, B times -> ids, attn (B, P+T), mask (B, T), states, score (B, T+1).
 
-    P is the first prompt. mask is True on all responses, that of the row and those of its tau; states has the
-    last prompt token of each beside them; score is for td_targets.
+    mask is True on all responses, that of the row and those of its tau; states has the last prompt token of
+    each beside them; score is for td_targets.
     """
-    prompts = [ids[:spans[0][0]] for ids, spans in sequences]
-    rest = [ids[len(prompt):] for (ids, _), prompt in zip(sequences, prompts, strict=True)]
-    ids, attn, mask = common.frame(prompts, rest)
-    mask, score = torch.zeros_like(mask), torch.full((len(mask), mask.shape[1] + 1), math.nan)
-    for b, (_, spans) in enumerate(sequences):
-        for begin, end, reward in spans:
-            mask[b, begin - len(prompts[b]):end - len(prompts[b])] = True
-            score[b, end - len(prompts[b])] = reward
-    states = F.pad(mask, (1, 0)) | F.pad(mask, (0, 1))
-    return [tensor.to(device) for tensor in (ids, attn, mask, states, score)]
+    ids, attn, mask = common.packed_frame(sequences, device)
+    after, before = F.pad(mask, (1, 0)), F.pad(mask, (0, 1))       # states after and before a response token
+    score = torch.full(after.shape, math.nan, device=device)
+    rewards = [row["reward"] for _, spans in sequences for row, _, _ in spans]
+    score[after & ~before] = torch.tensor(rewards, device=device)
+    return ids, attn, mask, after | before, score
 
 
 # Table 4, figure 4
@@ -173,9 +153,12 @@ def training_frame(sequences, device):
 @torch.no_grad()
 def token_values(gvm, tok, rows, taus, args, device, batch=32):
     """[(response ids, values (T+1,))] of all rows; values[0] is V(s_0), values[t+1] Q at a_t."""
-    encoded = [encode(tok, row, tau, args) for row, tau in zip(rows, taus, strict=True)]
-    prompts = [ids[:spans[-1][0]] for ids, spans in encoded]
-    responses = [ids[spans[-1][0]:] for ids, spans in encoded]
+    prompts, responses = [], []
+    for row, tau in zip(rows, taus, strict=True):
+        ids, spans = common.pack(tok, row, tau, args.max_length, args.tau_length)
+        begin = spans[-1][1]
+        prompts.append(ids[:begin])
+        responses.append(ids[begin:])
     values, step = torch.zeros(len(rows), args.max_length + 1, device=device), batch * common.world()
     for i in common.Progress(range(0, len(rows), step), desc="values", leave=False):
         own = range(i + common.rank(), i + step, common.world())       # as many on every rank: wraps around
@@ -322,7 +305,7 @@ def main(argv=None):
         for i in common.batch_indices(len(data), batch, step, args.seed):
             rng = np.random.default_rng([args.seed, step, i])
             tau = data.tau(data[i]["policy"], data[i]["prompt"], args.tau_pairs, rng)
-            sequences.append(encode(tok, data[i], tau, args))
+            sequences.append(common.pack(tok, data[i], tau, args.max_length, args.tau_length))
         if not args.batch_norm:                                 # which needs random micro-batches
             sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask, states, score = training_frame(sequences, device)

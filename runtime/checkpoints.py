@@ -4,6 +4,7 @@ save_model writes a transformers folder, save_adapter a GVM or reward model, Che
 Open this file to save another format. What a stage itself must remember goes into Checkpoints.save.
 """
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from runtime.processes import all_max, barrier, die, finish, gathered, new_folder, rank, world, write_json
 
@@ -44,6 +44,22 @@ def save_model(model, tok, folder, adapter=None):
             tok.save_pretrained(tmp)
 
 
+def trunk_fingerprint(lm):
+    """A hash of the weights that an adapter needs under it, the same in fp32 and bf16."""
+    digest = hashlib.sha256()
+    for key, w in sorted(lm.state_dict().items()):
+        values = w.detach().flatten()[:64].bfloat16().float().cpu().numpy()
+        digest.update(f"{key}{tuple(w.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(model, tok):
+    """What an adapter of this model needs: hashes of the trunk and of the tokenizer."""
+    words = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
+    digest = hashlib.sha256(json.dumps(words).encode())
+    return dict(trunk=model.fingerprint, tokenizer=digest.hexdigest()[:16])
+
+
 def save_adapter(model, name, tok, folder, **meta):
     """Write adapter and head `name` to adapter.safetensors, what loading needs and `meta` to adapter.json."""
     must_be_finite(model, f"the weights for {folder}")
@@ -52,7 +68,7 @@ def save_adapter(model, name, tok, folder, **meta):
         if rank() == 0:
             weights = {k: p.detach().cpu().contiguous() for k, p in own.items()}
             save_file(weights, os.path.join(tmp, "adapter.safetensors"))
-            about = dict(name=name, **model.adapters[name], **model.fingerprints(tok), **meta)
+            about = dict(name=name, **model.adapters[name], **fingerprints(model, tok), **meta)
             about["sees_token"] = model.heads[name].sees_token
             write_json(os.path.join(tmp, "adapter.json"), about)
 
@@ -65,7 +81,7 @@ def load_adapter(model, tok, folder, made_by):
         own = load_file(os.path.join(folder, "adapter.safetensors"))
     except (OSError, ValueError, SafetensorError) as e:
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
-    for what, fingerprint in model.fingerprints(tok).items():
+    for what, fingerprint in fingerprints(model, tok).items():
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
@@ -175,24 +191,3 @@ def check_sums(folder):
     """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
     paths = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.name != "files.json"]
     return {str(p.relative_to(folder)): [p.stat().st_size, zlib.crc32(np.memmap(p, mode="r"))] for p in paths}
-
-
-def positions(path):
-    """Tokens that the model in a local folder can hold; 2^30 where no model is, or none are named."""
-    with contextlib.suppress(OSError, ValueError):
-        if os.path.isdir(path):
-            return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or 1 << 30
-    return 1 << 30
-
-
-def missing_model(path, error):
-    """The error message for a model that cannot be loaded: where it would come from."""
-    if os.path.isdir(path):
-        return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
-    if path.startswith(("out", "data")):                # out/MODEL/STAGE/model
-        parts = [*os.path.normpath(path).split(os.sep), "", ""]
-        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2])
-        made_by = f"{stage} --model {parts[1]}" if stage else "data/toy.py, or tools/scratch_model.py"
-        return f"{path}: no model there; make it with: python {made_by}"
-    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
-            "accept its licence there, or give --model a local folder")

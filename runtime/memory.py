@@ -3,10 +3,12 @@
 Weights, gradients and optimizer states follow from the parameters; activations are measured on one short row.
 Open this file when a plan is wrong. docs/memory.md has plans of real models, and the flags that lower them.
 """
+import contextlib
 import os
 
 import psutil
 import torch
+from transformers import AutoConfig
 
 from runtime.processes import CUDA, all_max, die, rank, world, write_json
 
@@ -52,6 +54,14 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     if all_max(int(total > free)):
         die(f"needs {total / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free; try --lora (dvpo.py), "
             "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
+
+
+def positions(path):
+    """Tokens that the model in a local folder can hold; 2^30 where no model is, or none are named."""
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isdir(path):
+            return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or 1 << 30
+    return 1 << 30
 
 
 def check_context(model, tokens, flags):

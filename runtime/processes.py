@@ -37,6 +37,19 @@ def die(message, code=2, all_ranks=False):
     raise SystemExit(code)
 
 
+def missing_model(path, error):
+    """The error message for a model that cannot be loaded: where it would come from."""
+    if os.path.isdir(path):
+        return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
+    if path.startswith(("out", "data")):                # out/MODEL/STAGE/model
+        parts = [*os.path.normpath(path).split(os.sep), "", ""]
+        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2])
+        made_by = f"{stage} --model {parts[1]}" if stage else "data/toy.py, or tools/scratch_model.py"
+        return f"{path}: no model there; make it with: python {made_by}"
+    return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
+            "accept its licence there, or give --model a local folder")
+
+
 def start(args):
     """Join the process group, seed every rank, create `args.out`; returns the device."""
     if "RANK" not in os.environ:                                # plain python: a world of one, on a free port

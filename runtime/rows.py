@@ -4,11 +4,13 @@ Every line is checked before training starts. A broken one ends the run with fil
 Open this file to allow another key or format, or to see why a row is refused or left out.
 """
 import collections
+import functools
 import gzip
 import itertools
 import json
 import numbers
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -106,6 +108,33 @@ def batch_indices(n, size, step, seed):
     positions = range(step * size + rank(), (step + 1) * size, world())
     shuffled = {e: np.random.default_rng([seed, e]).permutation(n) for e in {i // n for i in positions}}
     return [int(shuffled[i // n][i % n]) for i in positions]
+
+
+class Rows(list):
+    """Rows, and who wrote them: by_policy is {policy: its rows' numbers}, None where none is named."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.by_policy = {}
+        for i, row in enumerate(self):
+            self.by_policy.setdefault(row.get("policy"), []).append(i)
+
+    def draw(self, policy, prompt, n, rng):
+        """Up to n rows of this policy on prompts other than this one."""
+        own = self.by_policy[policy] if n else []
+        drawn = (self[own[i]] for i in rng.choice(len(own), min(len(own), 2 * n), replace=False))
+        return list(itertools.islice((row for row in drawn if row["prompt"] != prompt), n))
+
+
+@functools.lru_cache(4)
+def control_tokens(tok):
+    names = {t.content for t in tok.added_tokens_decoder.values() if t.special} | set(tok.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def only_text(tok, text):
+    """User text in which no string is a control token: `<|eot_id|>` becomes `< |eot_id|>`."""
+    return control_tokens(tok).sub(lambda match: match[0][:1] + " " + match[0][1:], text)
 
 
 def show_batch(tok, ids, attn, mask, steps):

@@ -1,14 +1,17 @@
 """Packed rows of train_gvm.py: every row of a sequence is trained, and is tau of the rows after it."""
 import argparse
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, tiny_gpt2, tiny_llama
+import transformers
+from helpers import TMP, close, run, tiny_gpt2, tiny_llama
 
 import common
+import sft
 import train_gvm
 from data import toy
 
@@ -22,7 +25,7 @@ ROWS = [dict(prompt=p, response=r, reward=reward, policy="good")
 
 def sequences(tok):
     """A packed row, one behind a shorter tau, one by itself."""
-    return [train_gvm.encode(tok, ROWS[k], ROWS[:k], ARGS) for k in (2, 0, 1)]
+    return [common.pack(tok, ROWS[k], ROWS[:k], ARGS.max_length, ARGS.tau_length) for k in (2, 0, 1)]
 
 
 @pytest.mark.parametrize("tiny", [tiny_gpt2, tiny_llama])
@@ -77,6 +80,30 @@ def test_targets_do_not_leak_between_rows():
     assert (after[:, begins[2]:] != before[:, begins[2]:]).all()
 
 
+def test_sft_pack():
+    """One step over two rows, each behind the other, against cross-entropy of whole texts by transformers."""
+    tok, world, out = toy.tokenizer(), os.path.join(TMP, "packing"), os.path.join(TMP, "pack")
+    toy.make(world, sft_rows=100, rows_per_policy=10, heldout_rows_per_policy=10)
+    toy.write_jsonl(f"{world}/two.jsonl", [dict(row, policy=None) for row in ROWS[:2]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(f"{world}/model").eval()
+    loss, tokens = 0.0, 0
+    for first, second in (ROWS[0], ROWS[1]), (ROWS[1], ROWS[0]):
+        said = [dict(role=role, content=row[key]) for row in (first, second)
+                for role, key in (("user", "prompt"), ("assistant", "response"))]
+        ids = torch.tensor(tok.apply_chat_template(said, return_dict=False))
+        logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        turn = 0
+        for token, value in zip(ids[1:].tolist(), logp.tolist(), strict=True):
+            if turn % 2:
+                loss, tokens = loss - value, tokens + 1
+            turn += token in (tok.convert_tokens_to_ids("<assistant>"), tok.eos_token_id)
+    row, = run(sft, "--data", f"{world}/two.jsonl", "--heldout", f"{world}/sft_heldout.jsonl", "--prompts",
+               f"{world}/prompts_heldout.jsonl", "--init-from", f"{world}/model", "--batch-size", 2,
+               "--max-steps", 1, "--pack", 2, "--reward", "", "--out", out)
+    assert row["tokens"] == tokens
+    close(row["loss"], loss / tokens, 1e-4)
+
+
 def test_what_is_trained():
     """Responses and their last prompt tokens. A row without a policy is alone; a tau needs room."""
     tok = toy.tokenizer()
@@ -85,12 +112,11 @@ def test_what_is_trained():
     assert mask.sum(1).tolist() == [sum(n), n[0], n[0] + n[1]]
     assert score[0][score[0].isfinite()].tolist() == [0.5, -1.0, 0.25]
     assert math.isnan(score[1, -1]) and score[1][score[1].isfinite()].tolist() == [0.5]
-    data = train_gvm.Labelled([])
-    data.extend(ROWS + [dict(ROWS[0], policy=None)])
-    data.by_policy = {"good": [0, 1, 2], None: [3]}
-    rng = np.random.default_rng(0)
+    file, rng = os.path.join(TMP, "packing.jsonl"), np.random.default_rng(0)
+    toy.write_jsonl(file, [*ROWS, dict(ROWS[0], policy=None)])
+    data = train_gvm.Labelled([file])
     assert data.tau(None, "x", 2, rng) == [] and len(data.tau("good", "x", 2, rng)) == 2
+    assert all(row["prompt"] != PROMPTS[0] for row in data.tau("good", PROMPTS[0], 2, rng))
     room = len(common.encode_prompt(tok, PROMPTS[2])) + 1
-    short = argparse.Namespace(max_length=2 * room, tau_length=99)
-    ids, spans = train_gvm.encode(tok, ROWS[2], ROWS[:2], short)
-    assert len(spans) == 1 and spans[0] == (len(ids) - n[2], len(ids), 0.25)
+    ids, spans = common.pack(tok, ROWS[2], ROWS[:2], 2 * room, 99)
+    assert spans == [(ROWS[2], len(ids) - n[2], len(ids))]
