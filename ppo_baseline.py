@@ -66,6 +66,7 @@ def parse_args(argv=None):
     rm = p.add_argument_group("reward model")
     rm.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
     rm.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
+    rm.add_argument("--rm-only", action="store_true", help="train the reward model, then end")
     rm.add_argument("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate (paper 2e-5)")
     rm.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step (paper 4)")
     rm.add_argument("--rm-epochs", type=float, default=d.rm_epochs, help="passes over the pairs (paper 2)")
@@ -208,9 +209,9 @@ def main(argv=None):
     device = common.start(args)
 
     # Models: policy and critic, and one frozen trunk for reference and reward model.
-    if reward is None and not os.path.exists(args.rm):
+    if args.rm_only or (reward is None and not os.path.exists(args.rm)):
         train_reward_model(args, tok, device)
-        if args.dry_run:
+        if args.dry_run or args.rm_only:
             return
     trunk = common.load_model(args.init_from, args, trainable=False)
     length = args.max_prompt_length + args.max_new_tokens

@@ -1,0 +1,220 @@
+"""GRPO (arXiv 2402.03300): the baseline of a response is the mean reward of other responses to its prompt.
+
+Reads   {prompt} rows                                   data/toy/prompts.jsonl
+        the SFT model: first policy, reference, trunk   out/tiny/sft/model
+        the reward model of ppo_baseline.py             out/tiny/rm/model
+Writes  the policy, a transformers folder               out/tiny/grpo/model
+
+Objective, for --group-size responses y_i to one prompt, with dvpo.py's ratio r_t:
+
+    L = E[min(r_t A, clip(r_t, 1 - eps, 1 + eps) A) - kl_coef k3_t]
+    A_i = (r(x, y_i) - mean of the group) / standard deviation of the group, for every token of y_i
+    k3_t = pi_ref / pi - log(pi_ref / pi) - 1, an estimate of the KL with a gradient of its own
+
+E is a mean over the tokens of a response, then over responses. A group whose rewards are all equal teaches
+nothing: `no_signal` in the log is their share. The flags give the rest of the family:
+
+    --scale none --loss-mean token                      Dr. GRPO (arXiv 2503.20783)
+    --scale none --loss-mean token --baseline loo       RLOO (arXiv 2402.14740)
+
+Deviations: --loss-mean token divides by the tokens of the batch, Dr. GRPO by a constant; RLOO has its KL in
+the reward and no clipping. Rewards, --missing-eos-penalty and linear decay are those of ppo_baseline.py.
+
+    python ppo_baseline.py --rm-only                                        the reward model
+    python comparators/grpo.py                                              the embedded world on a CPU
+    deepspeed --num_gpus 8 comparators/grpo.py --model llama3-3b            eight GPUs
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import common
+
+
+def parse_args(argv=None):
+    p, d = common.flags(__doc__, argv, "rl")
+    p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
+    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
+    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
+    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
+    p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
+    p.add_argument("--out", default=f"{d.out}/grpo", help="folder to write")
+    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps")
+    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU")
+    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
+    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update")
+    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 1)")
+    p.add_argument("--group-size", type=int, default=8, help="responses per prompt (paper 64)")
+    p.add_argument("--baseline", choices=("mean", "loo"), default="mean", help="of all, or of others")
+    p.add_argument("--scale", choices=("std", "none"), default="std", help="what divides the advantage")
+    p.add_argument("--loss-mean", choices=("response", "token"), default="response", help="equal weights")
+    p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy")
+    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
+    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
+    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
+    p.add_argument("--clip", type=float, default=0.2, help="eps of the ratio")
+    p.add_argument("--kl-coef", type=float, default=0.04, help="beta, of the KL in the loss (paper 0.04)")
+    p.add_argument("--lora", action="store_true",
+                   help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
+    args = common.parse(p, argv)
+    if args.group_size < 2 or args.batch_size % args.group_size:
+        common.die(f"--batch-size {args.batch_size}: must be a multiple of --group-size, which is 2 or more")
+    return args
+
+
+@torch.no_grad()
+def rollout(model, prompts, tok, args, device, adapter=None):
+    """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
+    decode = common.Decoder(model, ids, attn, adapter)
+    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
+    for t in range(args.max_new_tokens):
+        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
+        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
+        response.append(token.masked_fill(ended, 0))
+        mask.append(~ended)
+        ended = ended | (token == tok.eos_token_id)
+        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
+            break
+        decode(token)
+    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
+    return *common.append_responses(ids, attn, response, mask), ended
+
+
+def grpo_loss(logp, old_logp, ref_logp, adv, weight, args):
+    """Clipped ratio and k3, negated: (B, T) each, adv (B, 1) -> scalar, {clip_frac, kl_step, ratio}.
+
+    weight (B, T) is each token's share in the mean over the optimizer batch, 0 outside the responses.
+    """
+    log_ratio, log_ref = (logp - old_logp).clamp(-20, 20), (ref_logp - logp).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    gain = torch.min(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
+    loss = -((gain - args.kl_coef * (log_ref.exp() - log_ref - 1)) * weight).sum()
+    with torch.no_grad():
+        real, clipped = weight > 0, ((ratio - 1).abs() > args.clip).float()
+        stat = dict(clip_frac=clipped, kl_step=ratio - 1 - log_ratio, ratio=ratio)
+        return loss, {key: x[real].mean() for key, x in stat.items()}
+
+
+def group_advantage(score, size, baseline, scale):
+    """Scores (B,), a group in a row -> advantage (B,), share of the groups whose scores are all equal."""
+    groups = score.view(-1, size)
+    adv = groups - groups.mean(1, keepdim=True)
+    if baseline == "loo":
+        adv = adv * size / (size - 1)
+    if scale == "std":
+        adv = adv / (groups.std(1, keepdim=True) + 1e-6)
+    return adv.flatten(), (groups == groups[:, :1]).all(1).float().mean()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
+    reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
+    tok = common.load_tokenizer(args.init_from)
+    device = common.start(args)
+
+    # Models: the policy, and one frozen trunk for reference and reward model. With --lora it is its adapter.
+    trunk = common.load_model(args.init_from, args, trainable=False)
+    length = args.max_prompt_length + args.max_new_tokens
+    common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
+    if reward is None:
+        meta = common.load_adapter(trunk, tok, args.rm, "python ppo_baseline.py --rm-only")
+    model, adapter = trunk, "policy"
+    if args.lora:
+        trunk.add_adapter("policy", r=8, alpha=32)
+    else:
+        model, adapter = common.load_model(args.init_from, args), None
+    models, kv_cache = {"policy": model}, (args.batch_size, length)
+    models |= {} if args.lora else {"frozen": trunk}
+    common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
+    actor = common.actor(model, args)
+    policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
+    trunk = policy if args.lora else common.frozen(trunk, args)
+
+    batch = args.batch_size // args.group_size * common.world()   # prompts per step, all ranks together
+    opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
+    common.seed(args)
+    checkpoints = common.Checkpoints(args, args.out, policy=policy)
+    first, _ = checkpoints.load()
+    metrics = common.Metrics(args.out, args.max_steps, "grpo", ("gold", "kl", "score"), policy, first)
+
+    for step in range(first, args.max_steps):
+        seconds = {}
+        index = common.batch_indices(len(data), batch, step, args.seed)
+        index = [i for i in index for _ in range(args.group_size)]
+        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+
+        # 1. rollout
+        with common.clock(seconds, "generate"):
+            policy.eval()
+            common.refresh(actor, model)
+            ids, attn, mask, ended = rollout(actor, prompts, tok, args, device, adapter)
+            T, responses = mask.shape[1], common.unpad(ids, mask)
+        if args.dry_run:
+            return common.show_batch(tok, ids, attn, mask, args.max_steps)
+
+        with common.clock(seconds, "score"), torch.no_grad():
+            # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
+            order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
+            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
+            old_logp = common.forward_in_micro_batches(policy, *rows, adapter=adapter, **sampled)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
+
+            # 3. reward of the whole response, and advantage over its group
+            texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
+            if reward:                                                                              # (B,)
+                score = [reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)]
+                score = torch.tensor(score, device=device)
+            else:
+                score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
+                score = (score.gather(1, mask.sum(1, keepdim=True)).squeeze(1) - meta["mean"]) / meta["std"]
+            score = score - args.missing_eos_penalty * ~ended
+            adv, no_signal = group_advantage(score, args.group_size, args.baseline, args.scale)
+            weight = mask / (mask.sum(1, keepdim=True) if args.loss_mean == "response" else 1)      # (B, T)
+            kl = ((old_logp - ref_logp).clamp(-20, 20) * mask).sum(1).mean()          # nats per response
+
+        # 4. update
+        with common.clock(seconds, "train"):
+            policy.train()
+            common.set_lr(policy, args.lr * (1 - step / args.max_steps))
+            stats, scale = [], common.world() * args.grad_accum             # DeepSpeed divides by both
+            for epoch in range(args.ppo_epochs):
+                if epoch > 0:
+                    order = common.sort_by_length(torch.randperm(args.batch_size), attn, opt_rows)
+                for group in order.split(opt_rows):
+                    total = common.all_sum(weight[group].sum())
+                    for m in group.split(args.mini_batch_size):             # rows of one mini-batch
+                        logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
+                        parts = old_logp[m], ref_logp[m], adv[m, None], weight[m] / total
+                        loss, stat = grpo_loss(logp, *parts, args)
+                        policy.backward(loss * scale)
+                        policy.step()
+                        stats.append(dict(stat, loss=loss.detach(), n=mask[m].sum()))
+
+        # 5. log, save
+        row = {key: common.token_mean(stats, key) for key in ("clip_frac", "kl_step")}
+        if gold:
+            row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
+        row |= dict(seconds, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl,
+                    score=score.mean(), no_signal=no_signal, ratio_first=stats[0]["ratio"],
+                    entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(),
+                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
+        metrics.log(step, **row)
+        checkpoints.save(step)
+
+    common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
+    common.refresh(actor, model)
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device, adapter)
+
+
+if __name__ == "__main__":
+    main()
+    common.finish()
