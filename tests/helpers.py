@@ -1,6 +1,7 @@
 """What several test files share: the little world, the stages as functions, two ranks."""
 import contextlib
 import glob
+import importlib
 import io
 import itertools
 import json
@@ -263,7 +264,7 @@ def one_rank(commands):
     """What two_ranks runs in each process."""
     common.CHUNK = 64                                   # several chunks of logits, not as many on each rank
     for stage, argv in commands:
-        globals()[stage].main(argv)
+        importlib.import_module(stage).main(argv)
     common.finish()
 
 
