@@ -30,7 +30,7 @@ import common
 import dvpo
 import train_gvm
 from data import toy
-from experiments.seeds import NO_TAU, STEPS
+from experiments.seeds import DVPO, STEPS
 from experiments.shared import (
     commit,
     final,
@@ -43,7 +43,7 @@ from experiments.shared import (
     write_results,
 )
 
-RUNS = {"dvpo": (), **NO_TAU}                           # flags of dvpo.py, named as in experiments/seeds.py
+RUNS = {name: DVPO[name] for name in ("dvpo", "dvpo_no_tau", "dvpo_no_tau_kl0.2")}                           # flags of dvpo.py, named as in experiments/seeds.py
 BLUNDERS = "unkind", "broken", "wrong noun", "early end"
 
 

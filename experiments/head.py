@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 from experiments.exact import BLUNDERS, changes
-from experiments.seeds import NO_TAU, STEPS, read
+from experiments.seeds import DVPO, STEPS, read
 from experiments.shared import (
     commit,
     final,
@@ -28,7 +28,7 @@ from experiments.shared import (
 )
 
 HEADS = {"h_t": "plain_head/", "[h_t, h_{t-1} * e(a_t)]": ""}       # what a head reads, and its folder
-RUNS = {"dvpo": (), "dvpo_no_tau": NO_TAU["dvpo_no_tau"]}
+RUNS = {name: DVPO[name] for name in ("dvpo", "dvpo_no_tau")}
 
 
 def runs(seed):

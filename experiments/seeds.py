@@ -4,7 +4,8 @@
     python experiments/seeds.py --report                    only the tables, from runs that are there
 
 Two processes at a time, one thread each. RL runs go half as long again as the default, to see whether the
-reward falls. The GVM serves twice: with its tau, and without one (--tau-pairs 0).
+reward falls. The GVM serves twice: with its tau, and without one (--tau-pairs 0). Either also runs with a
+larger KL coefficient.
 Writes out/seeds/SEED/..., results/toy.json and results/toy.md.
 """
 import itertools
@@ -31,11 +32,13 @@ from experiments.shared import (
 
 STEPS = 150
 LRS, KL_COEFS = (1e-4, 3e-4), (0.02, 0.05, 0.1)
-NO_TAU = {                                              # as it is, and held nearer to the SFT model
+DVPO = {                                                # as it is, and held nearer to the SFT model
+    "dvpo": (),
+    "dvpo_kl0.15": ("--kl-coef", 0.15),
     "dvpo_no_tau": ("--tau-pairs", 0),
     "dvpo_no_tau_kl0.2": ("--tau-pairs", 0, "--kl-coef", 0.2),
 }
-RUNS = ("dvpo", "ppo", *NO_TAU)
+RUNS = (*DVPO, "ppo")
 TUNING = 1                                              # the seed that settings were chosen on
 
 
@@ -67,8 +70,7 @@ def chain(seed):
     stage("train_gvm.py", f"{root}/gvm", *init, "--data", "data/toy/gvm.jsonl", f"{root}/labelled.jsonl")
     stage("train_gvm.py", f"{root}/gvm_no_tau", *init, *gvm, "--eval-only", "--tau-pairs", 0,
           "--data", "data/toy/gvm_heldout.jsonl")
-    stage("dvpo.py", f"{root}/dvpo", *init, *gvm, "--max-steps", STEPS)
-    for name, flags in NO_TAU.items():
+    for name, flags in DVPO.items():
         stage("dvpo.py", f"{root}/{name}", *init, *gvm, "--max-steps", STEPS, *flags)
     stage("ppo_baseline.py", f"{root}/ppo", *init, "--rm", f"{root}/rm/model", "--max-steps", STEPS,
           "--pairs", "data/toy/pairs.jsonl", f"{root}/labelled_pairs.jsonl")
@@ -162,7 +164,7 @@ def report(seeds):
     cells = []
     data["reach"] = {str(share): [reach(s["seed"], share) for s in seeds] for share in (0.8, 0.9, 1.0)}
     for share, found in data["reach"].items():
-        for run in ("dvpo", *NO_TAU):
+        for run in DVPO:
             both = [x for x in found if x[run] and x["ppo"]]
             ratios = [interval([x[run][i] / x["ppo"][i] for x in both]) for i in (0, 1)]
             steps = [", ".join(str(x[r][0]) if x[r] else "never" for x in found) for r in (run, "ppo")]
