@@ -59,8 +59,8 @@ PAPER = {
 }
 TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_length=256, max_new_tokens=32, grad_accum=1),
-    "gvm": dict(lr=3e-3, batch_size=21, epochs=1.5, max_length=256, tau_pairs=2, lora_rank=32, lora_dropout=0.0,
-                grad_accum=1),
+    "gvm": dict(lr=3e-3, batch_size=21, epochs=1.5, max_length=256, tau_pairs=2, lora_rank=32,
+                lora_dropout=0.0, grad_accum=1),
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
                max_prompt_length=128, max_new_tokens=32, max_steps=100),

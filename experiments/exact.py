@@ -43,7 +43,7 @@ from experiments.shared import (
     write_results,
 )
 
-RUNS = {name: DVPO[name] for name in ("dvpo", "dvpo_no_tau", "dvpo_no_tau_kl0.2")}                           # flags of dvpo.py, named as in experiments/seeds.py
+RUNS = {name: DVPO[name] for name in ("dvpo", "dvpo_no_tau", "dvpo_no_tau_kl0.2")}
 BLUNDERS = "unkind", "broken", "wrong noun", "early end"
 
 
