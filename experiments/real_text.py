@@ -1,24 +1,21 @@
-"""SFT and GVM on real answers of real models, from random weights, on a CPU: what tau and batch norm are
-worth on text.
+"""What a tau gives on real answers: GVMs with and without one, on a small Llama that knows the data.
 
     python experiments/real_text.py --train alpaca_eval_train.jsonl.gz --valid alpaca_eval_valid.jsonl.gz
 
 The files: rows {prompt, response, reward, policy}, answers of published models to AlpacaEval prompts, each
-scored against GPT-4 Turbo by
-a judge (tatsu-lab/alpaca_eval; the data are CC BY-NC 4.0 and not part of this project). A small GPT-2 is made
-from the training texts, fine-tuned
-on them, and becomes the trunk of one GVM per line of RUNS, two at a time, one thread each. Three policies are
-left out of the GVM's training.
-Writes out/real/..., then results/real_text.json and results/real_text.md; what has been run is not run again.
+scored against GPT-4 Turbo by a judge (tatsu-lab/alpaca_eval; CC BY-NC 4.0, not part of this project).
+
+1. Prompts and answers are cut to their first tokens, so that all GVMs see the same and length says little.
+2. The trunk is a Llama from random weights, trained on packed conversations of one policy (sft.py --pack).
+3. GVMs with and without a tau train side by side for equal seconds; three policies are left out.
+4. Table 4 on unseen prompts, by the mean token value and by V(s_0 | tau), with one tau and averaged over 8.
+
+Writes out/real/..., results/real_text.json and .md; what has been run is not run again.
 """
 import argparse
-import concurrent.futures
-import itertools
 import json
 import os
-import subprocess
 import sys
-import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -26,146 +23,162 @@ import numpy as np
 
 import common
 import train_gvm
+from experiments.seeds import read, rows_of
+from experiments.shared import commit, interval, machine, stage, table, two_at_a_time, write_results
 
-UNSEEN = ("FuseChat-Llama-3.1-8B-Instruct", "jina-chat", "pythia-12b-mix-sft"
-          )  # one of the best, one of the middle, one of the last
-MIN_GAP = 0.1
-SCRATCH = ("--vocab", 16384, "--layers", 2, "--width", 256, "--heads", 4, "--context", 384)
-SFT = ("--max-length", 192, "--batch-size", 16, "--lr", 2e-3, "--max-steps", 150, "--warmup-steps", 20,
-       "--grad-accum", 2)
-GVM = ("--max-length", 320, "--tau-length", 40, "--batch-size", 32, "--grad-accum", 2, "--lr", 2e-3,
-       "--epochs", 2, "--lora-rank", 32, "--lora-alpha", 32, "--lora-dropout", 0, "--min-gap", MIN_GAP)
-RUNS = [(0, False, 1, 1), (2, False, 1, 1), (2, False, 0.95, 1), (1, False, 1, 1), (3, False, 1, 1),
-        (0, True, 1, 1), (2, True, 1, 1), (1, True, 1, 1), (3, True, 1, 1), (2, False, 1, 2),
-        (2, False, 1, 3)]  # tau pairs, batch norm, td_lambda, seed
-
-
-def stage(script, out, *argv, threads=2):
-    """Run one stage unless it has finished before; its output goes to OUT.log. -> seconds it took."""
-    done = os.path.join(out, "seconds")
-    if not os.path.exists(done):
-        os.makedirs(out, exist_ok=True)
-        begin = time.time()
-        with open(out + ".log", "w") as log:
-            subprocess.run([sys.executable, script, "--out", out, *map(str, argv)], stdout=log, stderr=log,
-                           check=True, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
-        common.write_json(done, round(time.time() - begin))
-    with open(done) as f:
-        return json.load(f)
+UNSEEN = "FuseChat-Llama-3.1-8B-Instruct", "jina-chat", "pythia-12b-mix-sft"    # good, middling, poor
+MIN_GAP = 0.1                                           # of the rewards of a pair
+PROMPT, RESPONSE = 40, 64                               # tokens that are left of each
+TAUS = 8                                                # for the averaged V(s_0 | tau)
+SCRATCH = "--vocab", 8192, "--layers", 4, "--width", 192, "--heads", 4, "--context", 640
+SFT = ("--pack", 2, "--tau-length", RESPONSE + 1, "--max-length", 576, "--batch-size", 8, "--lr", 2e-3,
+       "--warmup-steps", 50, "--max-new-tokens", RESPONSE)
+GVM = ("--max-length", 576, "--tau-length", RESPONSE + 1, "--lr", 2e-3, "--td-lambda", 1, "--lora-rank", 32,
+       "--lora-alpha", 32, "--lora-dropout", 0, "--min-gap", MIN_GAP)
+ARMS = {"tau": ("--tau-pairs", 2, "--batch-size", 12), "no tau": ("--tau-pairs", 0, "--batch-size", 36)}
+SFT_STEPS, STEPS = 1500, {"tau": 400, "no tau": 400}    # of both arms: equal seconds
+SEEDS = 1, 2, 3
 
 
-def split(train, valid, folder):
-    """train.jsonl, without the unseen policies; valid.jsonl, whole; sft_heldout.jsonl, a tenth of that."""
-    os.makedirs(folder, exist_ok=True)
-    keys = ["prompt", "response", "reward", "policy"]
-    train, valid = (common.read_rows(path, keys) for path in (train, valid))
-    for name, rows in ("train",
-                       (r for r in train
-                        if r["policy"] not in UNSEEN)), ("valid",
-                                                         valid), ("sft_heldout",
-                                                                  itertools.islice(valid, 0, None, 10)):
-        with open(f"{folder}/{name}.jsonl", "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
+def folder(arm, seed, share=1):
+    return f"out/real/{arm.replace(' ', '_')}_{seed}" + (f"_{share}" if share != 1 else "")
 
 
-def yardsticks(train, valid):
-    """Accuracy over the pairs of table 4 of judges who read nothing: the longer answer wins, as it is and as
-    far as a GVM sees it behind 0 and 2 pairs of tau;
-    the policy with the better average wins."""
-    rows, known = list(common.read_rows(valid, [])), common.read_rows(train, [])
+def cut(tok, text, tokens):
+    return tok.decode(tok(text, add_special_tokens=False)["input_ids"][:tokens])
+
+
+def prepare(train, valid):
+    """train.jsonl without the unseen policies, valid.jsonl, and a tenth of it for sft.py; all cut."""
+    for name, source in ("whole", train), ("whole_valid", valid):
+        rows = common.read_rows(source, ["prompt", "response", "reward", "policy"])
+        write(f"out/real/{name}.jsonl", rows)
+    stage("tools/scratch_model.py", "out/real/scratch", "--data", "out/real/whole.jsonl", *SCRATCH)
+    tok = common.load_tokenizer("out/real/scratch")
+    for name, to in ("whole", "train"), ("whole_valid", "valid"):
+        rows = []
+        for row in common.read_rows(f"out/real/{name}.jsonl", ["prompt", "response"]):
+            lengths = dict(prompt=PROMPT, response=RESPONSE)
+            rows.append(row | {key: cut(tok, row[key], most) for key, most in lengths.items()})
+        write(f"out/real/{to}.jsonl", [r for r in rows if to == "valid" or r["policy"] not in UNSEEN])
+    write("out/real/sft_heldout.jsonl", rows[::10])
+
+
+def write(path, rows):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def gvm(job):
+    arm, seed, share = job
+    stage("train_gvm.py", folder(*job), "--model", "out/real/sft/model", "--init-from", "out/real/sft/model",
+          "--data", "out/real/train.jsonl", "--heldout", "out/real/valid.jsonl", "--seed", seed,
+          *GVM, *ARMS[arm], "--max-steps", round(share * STEPS[arm]))
+
+
+def accuracies(rows, values):
+    """Table 4 by one number per row: all pairs, and the pairs with an answer of a policy left out."""
+    table4 = train_gvm.table4(rows, [(None, np.array([0.0, value])) for value in values], MIN_GAP)
+    by_prompt, right = {}, []
+    for row, value in zip(rows, values, strict=True):
+        by_prompt.setdefault(row["prompt"], []).append((row, value))
+    for group in by_prompt.values():
+        for k, (a, x) in enumerate(group):
+            for b, y in group[:k]:
+                if abs(a["reward"] - b["reward"]) > MIN_GAP and {a["policy"], b["policy"]} & {*UNSEEN}:
+                    right.append((np.sign(x - y) * np.sign(a["reward"] - b["reward"]) + 1) / 2)
+    return table4[0]["mean"], float(np.mean(right))
+
+
+def measure(job):
+    """One GVM: accuracies by each statistic, and how V(s_0 | tau) follows the policies' mean rewards."""
+    arm, seed, share = job
+    tok = common.load_tokenizer("out/real/sft/model")
+    model = common.load_model("out/real/sft/model", trainable=False).eval()
+    meta = common.load_adapter(model, tok, f"{folder(*job)}/model", "python experiments/real_text.py")
+    rows, args = train_gvm.Labelled(["out/real/valid.jsonl"]), argparse.Namespace(**meta)
+    v0s = []
+    for k in range(TAUS if meta["tau_pairs"] else 1):
+        taus = []
+        for i, row in enumerate(rows):
+            rng = np.random.default_rng([seed, k, i])
+            taus.append(rows.tau(row["policy"], row["prompt"], meta["tau_pairs"], rng))
+        values = [q for _, q in train_gvm.token_values(model, tok, rows, taus, args, "cpu")]
+        v0s.append([q[0] for q in values])
+        if k == 0:
+            mean = accuracies(rows, [q[1:].mean() for q in values])
+    seconds = rows_of(f"{folder(*job)}/metrics.jsonl")[-1]["seconds"]
+    found = dict(arm=arm, seed=seed, share=share, seconds=seconds, mean=mean)
+    if meta["tau_pairs"]:
+        found |= dict(v0=accuracies(rows, v0s[0]), v0_of_8=accuracies(rows, np.mean(v0s, 0)))
+        rewards = [np.mean([rows[i]["reward"] for i in index]) for index in rows.by_policy.values()]
+        averages = [np.mean(np.mean(v0s, 0)[index]) for index in rows.by_policy.values()]
+        found["v0_correlation"] = train_gvm.correlation(rewards, averages)
+    return found
+
+
+def yardsticks():
+    """Judges who read nothing: the longer answer wins, whole and cut; the better policy wins."""
+    tok = common.load_tokenizer("out/real/scratch")
+    whole = common.read_rows("out/real/whole_valid.jsonl", ["response"])
+    rows = common.read_rows("out/real/valid.jsonl", ["response"])
     mean = {}
-    for r in known:
-        mean.setdefault(r["policy"], []).append(r["reward"])
-
-    def judge(f):
-        return train_gvm.table4(rows, [(None, np.array([0.0, f(r)])) for r in rows], MIN_GAP)[0]["mean"]
-
-    tok, data, room = common.load_tokenizer("out/real/scratch"), train_gvm.Labelled(
-        [valid]), argparse.Namespace(max_length=GVM[1], tau_length=GVM[3])
-    out = dict(longer_wins=judge(lambda r: len(r["response"])),
-               better_average_wins=judge(lambda r: np.mean(mean[r["policy"]])))
-    for pairs in (0, 2):
-        taus = [
-            data.tau(r["policy"], r["prompt"], pairs, np.random.default_rng([1, i]))
-            for i, r in enumerate(rows)
-        ]
-        seen = {}
-        for row, tau in zip(rows, taus, strict=True):
-            begin, end, _ = train_gvm.encode(tok, row, tau, room)[1][-1]
-            seen[id(row)] = end - begin
-        out[f"longer_wins_seen_behind_{pairs}"] = judge(lambda r, seen=seen: seen[id(r)])
-    return out
+    for row in common.read_rows("out/real/whole.jsonl", ["policy"]):
+        mean.setdefault(row["policy"], []).append(row["reward"])
+    seen = [len(tok(row["response"])["input_ids"]) for row in rows]
+    return {"the longer answer wins": accuracies(whole, [len(row["response"]) for row in whole]),
+            f"... of their first {RESPONSE} tokens": accuracies(rows, seen),
+            "the better policy wins": accuracies(rows, [np.mean(mean[row["policy"]]) for row in rows])}
 
 
-def gvm(run):
-    tau, norm, td_lambda, seed = run
-    out = f"out/real/gvm_tau{tau}_{'bn' if norm else 'plain'}_{td_lambda}_{seed}"
-    seconds = stage("train_gvm.py", out, "--model", "out/real/sft/model", "--init-from", "out/real/sft/model",
-                    "--data", "out/real/train.jsonl", "--heldout", "out/real/valid.jsonl", "--tau-pairs", tau,
-                    "--td-lambda", td_lambda, "--seed", seed, "--batch-norm" if norm else "--no-batch-norm",
-                    *GVM, threads=1)
-    with open(f"{out}/eval.json") as f:
-        return dict(tau_pairs=tau, batch_norm=norm, td_lambda=td_lambda, seed=seed, seconds=seconds,
-                    **json.load(f))
-
-
-def report(runs, marks, sft, seconds):
-    def unseen(r):
-        return train_gvm.correlation(*zip(*((p["mean_reward"], p["v0"]) for k, p in r["policies"].items()
-                                            if k in UNSEEN), strict=False))
-
-    lines = [
-        "# Real text: SFT and GVM from random weights", "",
-        "Command: `python experiments/real_text.py --train alpaca_eval_train.jsonl.gz --valid "
-        "alpaca_eval_valid.jsonl.gz`. "
-        f"Machine: {os.cpu_count()} cores; SFT on two threads ({seconds} s, held-out loss "
-        f"{sft['heldout_loss']:.3f} nats a token), the GVMs two at a time, one thread each.",
-        "",
-        f"Settings: scratch_model {' '.join(map(str, SCRATCH))}; sft {' '.join(map(str, SFT))}; train_gvm "
-        f"{' '.join(map(str, GVM))}.",
-        "",
-        f"Accuracy over {runs[0]['pairs']} pairs of answers to unseen prompts whose rewards differ by more "
-        f"than {MIN_GAP}; the last two columns: correlation of "
-        f"V(s_0 | tau) with the policies' mean rewards, over all, and over the {len(UNSEEN)} left out of "
-        f"training ({', '.join(UNSEEN)}).",
-        "",
-        f"Yardsticks: the longer answer wins {marks['longer_wins']:.3f}, but "
-        f"{marks['longer_wins_seen_behind_0']:.3f} and {marks['longer_wins_seen_behind_2']:.3f} where "
-        "length is what a GVM "
-        "sees of it, behind no tau and behind two pairs (--max-length cuts what is longer); the policy "
-        f"with the better average wins {marks['better_average_wins']:.3f}.",
-        "",
-        "| tau pairs | batch norm | td_lambda | seed | mean | P1 | P5 | P10 | P90 | P95 | P99 | last | "
-        "V(s_0) all | V(s_0) left out | seconds |",
-        "|" + "---|" * 15
-    ]
-    lines += [
-        f"| {r['tau_pairs']} | {'on' if r['batch_norm'] else 'off'} | {r['td_lambda']} | {r['seed']} | " +
-        " | ".join(f"{v:.3f}" for v in r["accuracy"].values()) +
-        f" | {r['v0_correlation']:.3f} | {unseen(r):.3f} | {r['seconds']} |" for r in runs
-    ]
-    with open("results/real_text.md", "w") as f:
-        f.write("\n".join(lines) + "\n")
-    common.write_json("results/real_text.json", dict(yardsticks=marks, sft=sft, runs=runs))
-    print("\n".join(lines))
+def report(jobs):
+    runs = [measure(job) for job in jobs]
+    sft, spent = read("out/real/sft/summary.json"), rows_of("out/real/sft/metrics.jsonl")[-1]["seconds"]
+    files = "--train alpaca_eval_train.jsonl.gz --valid alpaca_eval_valid.jsonl.gz"
+    command = f"python experiments/real_text.py {files}"
+    data = dict(commit=commit(), command=command, machine=machine("one thread a run", "two runs at a time"),
+                yardsticks=yardsticks(), sft=dict(sft, seconds=spent), runs=runs)
+    train = [" ".join(map(str, flags)) for flags in (SCRATCH, SFT, GVM)]
+    lines = ["# Real text: what a tau gives", "",
+             f"Command: `{command}`. Commit {data['commit']}. Machine: {data['machine']}.", "",
+             f"Trunk: scratch_model {train[0]}; sft {train[1]} --max-steps {SFT_STEPS}: {spent:.0f} seconds, "
+             f"held-out loss {sft['heldout_loss']:.3f} nats per token. GVMs: {train[2]}.", "",
+             f"Pair accuracy over answers to unseen prompts, cut to {RESPONSE} tokens, rewards more than "
+             f"{MIN_GAP} apart. left out: pairs with an answer of {', '.join(UNSEEN)}, which no GVM was "
+             "trained on. share: of the usual length of training.", ""]
+    cells = [[name, *(f"{x:.3f}" for x in found)] for name, found in data["yardsticks"].items()]
+    lines += [*table(["yardstick", "all pairs", "left out"], cells), ""]
+    cells = []
+    for run in runs:
+        by = [f"{x:.3f}" for key in ("mean", "v0", "v0_of_8") for x in run.get(key, [])]
+        by += ["", ""] * (3 - len(by) // 2)
+        follows = f"{run['v0_correlation']:.3f}" if "v0_correlation" in run else ""
+        cells.append([run["arm"], run["seed"], run["share"], f"{run['seconds']:.0f}", *by, follows])
+    names = ["GVM", "seed", "share", "seconds", "mean token value", "left out", "V(s_0) behind tau",
+             "left out", f"averaged over {TAUS} tau", "left out", "its correlation with mean rewards"]
+    lines += [*table(names, cells), ""]
+    whole = {(run["arm"], run["seed"]): run["mean"] for run in runs if run["share"] == 1}
+    gains = np.array([np.subtract(whole["tau", seed], whole["no tau", seed]) for seed in SEEDS])
+    every, left_out = (interval(gain, 3, "+") for gain in gains.T)
+    lines.append("Gain of a tau in the accuracy of the mean token value, mean and 95 % interval over seeds: "
+                 f"{every}; left out: {left_out}.")
+    write_results("real_text", data, lines)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--train", required=True, help="labelled rows to train on")
     p.add_argument("--valid", required=True, help="labelled rows on other prompts, to measure on")
-    p.add_argument("--runs", type=int, default=len(RUNS),
-                   help="only the first so many lines of RUNS (default: all)")
+    p.add_argument("--shares", type=float, nargs="*", default=[0.25, 2], help="of training, seed 1: a curve")
     args = p.parse_args(argv)
-    split(args.train, args.valid, "out/real")
-    stage("tools/scratch_model.py", "out/real/scratch", "--data", "out/real/train.jsonl", *SCRATCH)
-    seconds = stage("sft.py", "out/real/sft", "--model", "out/real/scratch", "--data", "out/real/train.jsonl",
-                    "--heldout", "out/real/sft_heldout.jsonl", *SFT)
-    with open("out/real/sft/summary.json") as f:
-        sft = json.load(f)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(gvm, RUNS[:args.runs]))
-    report(runs, yardsticks(args.train, args.valid), sft, seconds)
+    prepare(args.train, args.valid)
+    stage("sft.py", "out/real/sft", "--model", "out/real/scratch", "--data", "out/real/train.jsonl",
+          "--heldout", "out/real/sft_heldout.jsonl", *SFT, "--max-steps", SFT_STEPS)
+    jobs = [(arm, seed, 1) for seed in SEEDS for arm in ARMS]
+    jobs += [(arm, 1, share) for share in args.shares for arm in ARMS]
+    two_at_a_time(gvm, jobs)
+    report(jobs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small GPT-2 with random weights and a byte-level BPE tokenizer of your own text: a start without the hub.
+"""A small Llama with random weights and a byte-level BPE tokenizer of your own text: a start without the hub.
 
     python tools/scratch_model.py --data FILE.jsonl[.gz] [FILE ...] --out out/scratch
     python sft.py --model out/scratch --data FILE.jsonl ...             then trains it, from nothing
@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 
@@ -58,16 +58,16 @@ def main(argv=None):
     p.add_argument("--context", type=int, default=1024, help="positions; prompt + response + tau must fit")
     p.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = p.parse_args(argv)
-    if args.width % args.heads:
-        common.die(f"--width {args.width}: must be a multiple of --heads {args.heads}")
+    if args.width % (2 * args.heads):
+        common.die(f"--width {args.width}: must be a multiple of twice --heads {args.heads}")
     tok = tokenizer(args.data, args.vocab, args.context)
     torch.manual_seed(args.seed)
-    config = GPT2Config(
-        vocab_size=len(tok), n_positions=args.context, n_embd=args.width, n_layer=args.layers,
-        n_head=args.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh", bos_token_id=tok.bos_token_id,
+    config = LlamaConfig(
+        vocab_size=len(tok), max_position_embeddings=args.context, hidden_size=args.width,
+        intermediate_size=8 * args.width // 3, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, tie_word_embeddings=True, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    model = GPT2LMHeadModel(config)
+    model = LlamaForCausalLM(config)
     model.save_pretrained(args.out)
     tok.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tok):,} tokens")
