@@ -32,11 +32,11 @@ PROMPT, RESPONSE = 40, 64                               # tokens that are left o
 TAUS = 8                                                # for the averaged V(s_0 | tau)
 SCRATCH = "--vocab", 8192, "--layers", 4, "--width", 192, "--heads", 4, "--context", 640
 SFT = ("--pack", 2, "--tau-length", RESPONSE + 1, "--max-length", 576, "--batch-size", 8, "--lr", 2e-3,
-       "--warmup-steps", 50, "--max-new-tokens", RESPONSE)
+       "--warmup-steps", 50, "--max-new-tokens", RESPONSE, "--grad-accum", 1)
 GVM = ("--max-length", 576, "--tau-length", RESPONSE + 1, "--lr", 2e-3, "--td-lambda", 1, "--lora-rank", 32,
-       "--lora-alpha", 32, "--lora-dropout", 0, "--min-gap", MIN_GAP)
+       "--lora-alpha", 32, "--lora-dropout", 0, "--min-gap", MIN_GAP, "--grad-accum", 1)
 ARMS = {"tau": ("--tau-pairs", 2, "--batch-size", 12), "no tau": ("--tau-pairs", 0, "--batch-size", 36)}
-SFT_STEPS, STEPS = 1500, {"tau": 400, "no tau": 400}    # of both arms: equal seconds
+SFT_STEPS, STEPS = 1500, {"tau": 400, "no tau": 440}    # of both arms: equal seconds
 SEEDS = 1, 2, 3
 
 
