@@ -1,0 +1,198 @@
+"""What would a user pick instead? DPO, ReMax and GRPO beside DVPO and PPO on the review world.
+
+    python data/toy.py && python experiments/seeds.py && python experiments/comparators.py      an hour more
+
+SFT models, labelled rows, reward models and the runs of DVPO and PPO are those of experiments/seeds.py: the
+same rows for all, the same number of trained rollouts. Each new method is tuned on two seeds over six
+settings; the five seeds decide nothing. Then every method runs with five KL coefficients on two of them.
+Writes out/seeds/SEED/comparators/..., results/comparators.json, .md and .png.
+"""
+import itertools
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.seeds import STEPS, read, rows_of
+from experiments.shared import (
+    commit,
+    final,
+    interval,
+    machine,
+    seeds_parser,
+    stage,
+    table,
+    two_at_a_time,
+    write_results,
+)
+
+TUNING = 1, 2                                           # seeds
+GRID = {                                                # learning rates, KL coefficients (of DPO: beta)
+    "dpo": ((1e-4, 3e-4, 1e-3), (0.1, 0.3)),
+    "remax": ((3e-4, 1e-3, 3e-3), (0.05, 0.1)),
+    "grpo": ((3e-4, 1e-3), (0.02, 0.04, 0.1)),
+}
+CURVES = {                                              # KL coefficients, and who else is on the curve
+    "dvpo": (0.05, 0.1, 0.15, 0.3, 0.6), "dvpo_no_tau": (0.05, 0.1, 0.2, 0.4, 0.8),
+    "ppo": (0.02, 0.05, 0.1, 0.2, 0.4), "dpo": (0.03, 0.1, 0.3, 1, 3),
+    "remax": (0.02, 0.05, 0.1, 0.3, 1), "grpo": (0.01, 0.02, 0.04, 0.1, 0.3),
+}
+CURVE_SEEDS = 11, 12
+OWN = {"dvpo": (), "dvpo_no_tau": ("--tau-pairs", 0), "ppo": ()}        # of experiments/seeds.py
+LABELS = dict(dvpo="DVPO", dvpo_no_tau="DVPO, no tau", ppo="PPO", dpo="DPO", remax="ReMax", grpo="GRPO")
+
+
+def run(job):
+    """One run of one method -> its folder."""
+    seed, method, lr, kl = job
+    root = f"out/seeds/{seed}"
+    out = f"{root}/comparators/{method}_{lr or 'default'}_{kl}"
+    flags = ["--seed", seed, "--init-from", f"{root}/sft/model"]
+    flags += ["--lr", lr] if lr else []
+    flags += ["--beta" if method == "dpo" else "--kl-coef", kl]
+    if method == "dpo":
+        flags += ["--pairs", "data/toy/pairs.jsonl", f"{root}/labelled_pairs.jsonl"]
+    else:
+        value = "gvm" if method.startswith("dvpo") else "rm"
+        flags += [f"--{value}", f"{root}/{value}/model", "--max-steps", STEPS, *OWN.get(method, ())]
+    script = dict(dvpo="dvpo.py", dvpo_no_tau="dvpo.py", ppo="ppo_baseline.py")
+    stage(script.get(method, f"comparators/{method}.py"), out, *flags)
+    return out
+
+
+def ended(out):
+    """How a run ended; DPO has no rollouts while it trains: its last tenth is that of fresh answers."""
+    if "gold" in rows_of(f"{out}/metrics.jsonl")[0]:
+        found = final(out)
+    else:
+        summary = read(f"{out}/summary.json")
+        found = dict(final=summary["gold"], kl=summary["kl"], heldout=summary["gold"])
+    models = read(f"{out}/memory.json")["models"]
+    rows = rows_of(f"{out}/metrics.jsonl")
+    found |= dict(seconds=rows[-1]["seconds"], steps=len(rows), models=len(models))
+    return found | {key: sum(model[key] for model in models.values()) for key in ("parameters", "trainable")}
+
+
+def tuned(method):
+    """All settings of a method, and the one with the highest mean over the tuning seeds."""
+    settings = []
+    for lr, kl in itertools.product(*GRID[method]):
+        runs = [ended(run((seed, method, lr, kl))) for seed in TUNING]
+        settings.append(dict(lr=lr, kl_coef=kl, final=float(np.mean([r["final"] for r in runs])),
+                             kl=float(np.mean([r["kl"] for r in runs]))))
+    return settings, max(settings, key=lambda setting: setting["final"])
+
+
+def reach(out, begin, end, share=0.8, window=5):
+    """(steps, seconds) until the gold reward has made `share` of the way from begin to end; None: never."""
+    rows = rows_of(f"{out}/metrics.jsonl")
+    if "gold" not in rows[0]:
+        return None
+    smooth = np.convolve([row["gold"] for row in rows], np.ones(window) / window, "valid")
+    there = np.nonzero(smooth >= begin + share * (end - begin))[0]
+    return (int(there[0]) + window, rows[there[0] + window - 1]["seconds"]) if len(there) else None
+
+
+def measure(seeds):
+    """Tuning, the five seeds, the curves."""
+    found, best = dict(tuning={}, runs={}, curves={}), {}
+    for method in GRID:
+        found["tuning"][method], best[method] = tuned(method)
+    for method in LABELS:
+        runs = found["runs"][method] = []
+        for seed in seeds:
+            ppo = f"out/seeds/{seed}/ppo"
+            begin, end = rows_of(f"{ppo}/metrics.jsonl")[0]["gold"], final(ppo)["final"]
+            out = f"out/seeds/{seed}/{method}"
+            if method in best:
+                out = run((seed, method, best[method]["lr"], best[method]["kl_coef"]))
+            runs.append(ended(out) | dict(reach=reach(out, begin, end)))
+    for method, coefficients in CURVES.items():
+        points, lr = [], best[method]["lr"] if method in best else None
+        for kl in coefficients:
+            runs = [ended(run((seed, method, lr, kl))) for seed in CURVE_SEEDS]
+            points.append({key: float(np.mean([r[key] for r in runs])) for key in ("final", "kl")})
+        found["curves"][method] = points
+    return found
+
+
+def plot(curves, path):
+    fig, ax = plt.subplots(figsize=(7, 4.5))
+    for method, points in curves.items():
+        points = sorted(points, key=lambda point: point["kl"])
+        ax.plot([p["kl"] for p in points], [p["final"] for p in points], "o-", label=LABELS[method])
+    ax.set(xscale="log", xlabel="KL to SFT, nats per response", ylabel="gold reward, last tenth of the steps")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def report(seeds):
+    about = dict(command="python experiments/comparators.py", commit=commit(),
+                 machine=machine("one thread a run", "two runs at a time"), seeds=seeds)
+    data = about | measure(seeds)
+    plot(data["curves"], "results/comparators.png")
+    write_results("comparators", data, lines_of(data))
+
+
+def lines_of(data):
+    lines = ["# DPO, ReMax, GRPO beside DVPO and PPO", "",
+             f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
+             f"{', '.join(map(str, data['seeds']))}, {STEPS} steps of 64 trained rollouts (DPO: one pass "
+             "over the pairs); mean and 95 % interval. Last tenth: of the steps; of DPO, fresh answers.", ""]
+    cells = []
+    for method in LABELS:
+        runs = data["runs"][method]
+        values = [interval([r[key] for r in runs], 3) for key in ("final", "heldout", "kl")]
+        there = [r["reach"] for r in runs if r["reach"]]
+        steps = interval([steps for steps, _ in there], 0) if there else ""
+        cells.append([LABELS[method], *values, f"{len(there)} of {len(runs)}", steps,
+                      f"{np.mean([r['seconds'] / r['steps'] for r in runs]):.2f}", runs[0]["models"],
+                      f"{runs[0]['parameters']:,}", f"{runs[0]['trainable']:,}"])
+    names = ["method", "last tenth", "fresh", "KL", "got to 80 % of PPO's gain", "in steps",
+             "seconds per step", "models in memory", "parameters held", "trained"]
+    lines += [*table(names, cells), "", "## Gold reward against KL", "",
+              f"Five KL coefficients (of DPO: beta), seeds {', '.join(map(str, CURVE_SEEDS))}, mean: gold "
+              "reward at KL.", "", "![gold reward against KL](comparators.png)", ""]
+    cells = []
+    for method, points in data["curves"].items():
+        pairs = zip(CURVES[method], points, strict=True)
+        cells.append([LABELS[method], *(f"{c}: {p['final']:.3f} at {p['kl']:.2f}" for c, p in pairs)])
+    lines += [*table(["method", *[""] * 5], cells), "", "## Tuning", "",
+              f"Seeds {', '.join(map(str, TUNING))}, mean of the last tenth; PPO and DVPO: toy.md.", ""]
+    cells = []
+    for method, settings in data["tuning"].items():
+        for s in settings:
+            setting = f"{s['lr']:g}", s["kl_coef"]
+            cells.append([LABELS[method], *setting, f"{s['final']:.3f}", f"{s['kl']:.2f}"])
+    return lines + table(["method", "lr", "kl_coef or beta", "last tenth", "KL"], cells)
+
+
+def main():
+    args = seeds_parser(__doc__).parse_args()
+    if not args.report:
+        jobs = []
+        for method, grid in GRID.items():
+            jobs += [(seed, method, *setting) for setting in itertools.product(*grid) for seed in TUNING]
+        two_at_a_time(run, jobs)
+        jobs = []
+        for method in LABELS:
+            lr = None
+            if method in GRID:
+                best = tuned(method)[1]
+                lr = best["lr"]
+                jobs += [(seed, method, lr, best["kl_coef"]) for seed in args.seeds]
+            jobs += [(seed, method, lr, kl) for kl in CURVES[method] for seed in CURVE_SEEDS]
+        two_at_a_time(run, dict.fromkeys(jobs))         # a run may be in two lists
+    report(args.seeds)
+
+
+if __name__ == "__main__":
+    main()
