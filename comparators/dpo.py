@@ -145,19 +145,22 @@ def main(argv=None):
 
         # 2. update
         common.set_lr(policy, args.lr * (1 - step / steps))
-        stats = []
+        stats, n_tokens = [], 0
         for m in index.split(rows):
-            logp = response_logp(policy, *frame(tok, [train[i] for i in m], args, device), adapter)
+            ids, attn, mask = frame(tok, [train[i] for i in m], args, device)
+            logp = response_logp(policy, ids, attn, mask, adapter)
             loss, margin = dpo_loss(logp, ref_logp[m].T.flatten(), args.beta)
             policy.backward(loss)                                 # DeepSpeed averages over passes and ranks
             policy.step()
             chosen, rejected = logp.detach().chunk(2)
             accuracy = (margin > 0).float().mean()
             stats.append([loss.detach(), accuracy, margin.mean(), chosen.mean(), rejected.mean()])
+            n_tokens += mask.sum()
 
         # 3. log, save
         names = "loss", "accuracy", "margin", "logp_chosen", "logp_rejected"
-        metrics.log(step, **dict(zip(names, torch.tensor(stats).mean(0), strict=True)))
+        means = dict(zip(names, torch.tensor(stats).mean(0), strict=True))
+        metrics.log(step, **means, tokens=common.all_sum(n_tokens))
         checkpoints.save(step)
 
     # 4. save; accuracy on held-out pairs; reward and KL of fresh answers, which need the reference again

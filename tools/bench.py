@@ -2,6 +2,7 @@
 the weights are.
 
     python tools/bench.py   124M on a CPU: PPO, DVPO and DVPO --lora, taking turns step by step
+    python tools/bench.py --methods ppo dvpo lora grpo remax dpo        and those of comparators/
     python tools/bench.py --lengths mixed   answers that end where real ones do, not all at the last token
     python tools/bench.py --decode   the rollout against transformers' generate, at tiny and at --shape
     python tools/bench.py --attention --shape llama3-3b
@@ -42,6 +43,7 @@ import torch
 import common
 import dvpo
 import ppo_baseline
+from comparators import dpo, grpo, remax
 from runtime.metrics import synchronize
 
 
@@ -65,14 +67,15 @@ SHAPES = {
                        num_attention_heads=32, tie_word_embeddings=False),
 }
 METHODS = {"ppo": (ppo_baseline, ()), "dvpo": (dvpo, ()), "lora": (dvpo, ("--lora", ))}
+COMPARATORS = {"grpo": (grpo, ("--group-size", 4)), "remax": (remax, ()), "dpo": (dpo, ())}
 PAIRS = 3  # in tau
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 
-def make(shape, prompt):
+def make(shape, prompt, new=1):
     """out/bench/SHAPE: a random model, its tokenizer, a GVM and a reward model on it, prompts of `prompt`
-    tokens. -> the folder"""
+    tokens, pairs of responses of `new`. -> the folder"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -83,6 +86,13 @@ def make(shape, prompt):
         f.writelines(
             json.dumps(dict(prompt=" ".join(f"w{(97 * i + j) % V}" for j in range(prompt)))) + "\n"
             for i in range(512))
+    def words(start, n):
+        return " ".join(f"w{(start + j) % V}" for j in range(n))
+
+    with open(f"{out}/pairs_{prompt}_{new}.jsonl", "w") as f:
+        for i in range(64):
+            row = dict(prompt=words(i, prompt), chosen=words(7 * i, new), rejected=words(11 * i + 5, new))
+            f.write(json.dumps(row) + "\n")
     if not os.path.exists(f"{out}/rm"):
         torch.manual_seed(0)
         words = Tokenizer(
@@ -117,7 +127,7 @@ def mixed(turn, rows, new):
 def child(method, folder, lengths, argv):
     """Runs a stage. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the
     optimizer; FOLDER/METHOD.turn says how many it may do."""
-    stage, spent, begin = METHODS[method][0], dict(optimizer=0.0), [time.perf_counter()]
+    stage, spent, begin = (METHODS | COMPARATORS)[method][0], dict(optimizer=0.0), [time.perf_counter()]
     engine, turns = common.deepspeed.DeepSpeedEngine, itertools.count()
     step, log, append_responses = engine.step, common.Metrics.log, common.append_responses
 
@@ -157,17 +167,22 @@ def command(a, method, rounds, world, folder, rows, new):
     if method == "trl":
         return [
             a.trl,
-            os.path.join(common.HERE, "experiments/bench_trl.py"), folder, world, a.lengths,
+            "experiments/bench_trl.py", folder, world, a.lengths,
             *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))
         ]
-    prompts = f"{world}/prompts_{a.prompt}.jsonl"
-    argv = [
-        "--model", f"{world}/model", "--init-from", f"{world}/model", "--data", prompts, "--heldout", prompts,
-        "--out", f"{folder}/{method}", "--max-prompt-length", a.prompt, "--max-new-tokens", new,
-        "--batch-size", rows, "--mini-batch-size", mini, "--grad-accum", accum, "--ppo-epochs", a.ppo_epochs,
-        "--zero", a.zero, "--lr", 1e-6, "--save-every", 10**6,
-        *(("--rm", f"{world}/rm") if method == "ppo" else ("--gvm", f"{world}/gvm")), *METHODS[method][1]
-    ]
+    prompts, pairs = f"{world}/prompts_{a.prompt}.jsonl", f"{world}/pairs_{a.prompt}_{new}.jsonl"
+    argv = ["--model", f"{world}/model", "--init-from", f"{world}/model", "--heldout", prompts, "--lr", 1e-6,
+            "--out", f"{folder}/{method}", "--max-prompt-length", a.prompt, "--max-new-tokens", new,
+            "--zero", a.zero, "--save-every", 10**6, *(METHODS | COMPARATORS)[method][1]]
+    if method == "dpo":                                 # half as many pairs: as many responses
+        argv += ["--pairs", pairs, "--pairs-heldout", pairs, "--batch-size", rows // 2, "--grad-accum",
+                 rows // mini, "--max-length", a.prompt + new, "--max-steps", rounds + 2]
+    else:
+        value = "gvm" if method in ("dvpo", "lora") else "rm"
+        argv += ["--data", prompts, f"--{value}", f"{world}/{value}"]
+        argv += ["--batch-size", rows, "--mini-batch-size", mini]
+    if method not in ("dpo", "remax"):
+        argv += ["--grad-accum", accum, "--ppo-epochs", a.ppo_epochs]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(a.world)] if a.world > 1 else []
     return [
         sys.executable, *launcher,
@@ -178,7 +193,7 @@ def command(a, method, rounds, world, folder, rows, new):
 def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
     """{method: its medians}, the methods taking turns."""
     shape, rows, new = shape or a.shape, rows or a.batch_size, new or a.new
-    world, folder, files = make(shape, a.prompt), "out/bench/turns", {}
+    world, folder, files = make(shape, a.prompt, new), "out/bench/turns", {}
     os.makedirs(folder, exist_ok=True)
     if CUDA:
         torch.cuda.empty_cache()  # the stages need the room
@@ -307,23 +322,28 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     pairs = max(0, min(PAIRS, (512 - a.prompt) //
                        (a.prompt + min(new, 128))))  # of tau, that fit in half the GVM's --max-length
     tau = pairs * (a.prompt + min(new, 128))
-    value = 2 * body if method == "ppo" else forward(tau, tau) + body + 4 * rows * length * tau * D * layers
+    value = {"ppo": 2 * body, "grpo": body, "remax": 2 * body}.get(     # ReMax: twice the rows
+        method, forward(tau, tau) + body + 4 * rows * length * tau * D * layers)
     again = min(a.mini_batch_size,
                 rows) * new > common.CHUNK  # the head runs forward once more in the backward pass
     attention = 4 * rows * length * (length /
                                      2) * D * layers  # its backward is twice its forward, whatever is frozen
-    train = a.ppo_epochs * {
-        "ppo": 6 * body + (3 + again) * top, "dvpo": 3 * body +
-        (3 + again) * top, "lora": 2 * body + attention + (2 + again) * top
-    }[method]
-    updates = a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
+    one_pass = 3 * body + (3 + again) * top             # over the rows, forward and backward
+    one_pass += {"ppo": 3 * body, "lora": attention - body - top}.get(method, 0)
+    once = method in ("remax", "dpo")
+    train = one_pass if once else a.ppo_epochs * one_pass
+    updates = 1 if once else a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
     token = max(
         bytes_a_token(shape, rows, a.prompt + new / 2) / rate["bandwidth"],
         2 * rows * (blocks + vocabulary) / rate["decode"])
     seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * token,
-                   score=(2 * (body + top) + value) / rate["operations"],
-                   optimizer={"ppo": 2, "dvpo": 1, "lora": 0}[method] * updates * total * 4 * 10 /
+                   score=((2 - (method == "remax")) * (body + top) + value) / rate["operations"],
+                   optimizer={"ppo": 2, "lora": 0}.get(method, 1) * updates * total * 4 * 10 /
                    rate["bandwidth"])  # norm, clip; AdamW: 4 reads, 3 writes
+    if method == "remax":                               # two responses per prompt
+        seconds["generate"] *= 2
+    if method == "dpo":
+        seconds |= dict(generate=0.0, score=0.0)
     return dict(seconds, train=train / rate["operations"] + seconds["optimizer"],
                 step=sum(seconds.values()) + train / rate["operations"])
 
@@ -594,8 +614,8 @@ def report(data, path):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="124M", help="(default: %(default)s)")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS),
-                   help="(default: all, in turns)")
+    p.add_argument("--methods", nargs="+", choices=METHODS | COMPARATORS, default=list(METHODS),
+                   help="in turns (default: ppo dvpo lora)")
     p.add_argument("--prompt", type=int, default=64, help="tokens (default: %(default)s)")
     p.add_argument("--new", type=int, default=128, help="tokens (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=8,
