@@ -1,6 +1,6 @@
 """What would a user pick instead? DPO, ReMax and GRPO beside DVPO and PPO on the review world.
 
-    python data/toy.py && python experiments/seeds.py && python experiments/comparators.py      an hour more
+    python data/toy.py && python experiments/seeds.py && python experiments/side_by_side.py      an hour more
 
 SFT models, labelled rows, reward models and the runs of DVPO and PPO are those of experiments/seeds.py: the
 same rows for all, the same number of trained rollouts. Each new method is tuned on two seeds over six
@@ -135,7 +135,7 @@ def plot(curves, path):
 
 
 def report(seeds):
-    about = dict(command="python experiments/comparators.py", commit=commit(),
+    about = dict(command="python experiments/side_by_side.py", commit=commit(),
                  machine=machine("one thread a run", "two runs at a time"), seeds=seeds)
     data = about | measure(seeds)
     plot(data["curves"], "results/comparators.png")
