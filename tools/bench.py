@@ -68,6 +68,7 @@ SHAPES = {
 }
 METHODS = {"ppo": (ppo_baseline, ()), "dvpo": (dvpo, ()), "lora": (dvpo, ("--lora", ))}
 COMPARATORS = {"grpo": (grpo, ("--group-size", 4)), "remax": (remax, ()), "dpo": (dpo, ())}
+TRL = {"trl_ppo": ("ppo", "dvpo", "lora"), "trl_grpo": ("grpo",), "trl_dpo": ("dpo",)}      # and ours beside
 PAIRS = 3  # in tau
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -164,10 +165,10 @@ def child(method, folder, lengths, argv):
 
 def command(a, method, rounds, world, folder, rows, new):
     mini, accum = min(a.mini_batch_size, rows), min(a.grad_accum, rows // min(a.mini_batch_size, rows))
-    if method == "trl":
+    if method in TRL:
         return [
             a.trl,
-            "experiments/bench_trl.py", folder, world, a.lengths,
+            "experiments/bench_trl.py", method, folder, world, a.lengths,
             *map(str, (rounds, a.prompt, new, rows, mini, accum, a.ppo_epochs))
         ]
     prompts, pairs = f"{world}/prompts_{a.prompt}.jsonl", f"{world}/pairs_{a.prompt}_{new}.jsonl"
@@ -244,7 +245,7 @@ def side_by_side(a, methods, rounds, shape=None, rows=None, new=None):
         out[m] = dict(middle, rounds=[r["sec_step"] for r in seen[m]], peak=seen[m][-1]["peak_bytes"],
                       reserved=seen[m][-1]["peak_reserved"],
                       tokens_per_second=middle["tokens"] / middle["sec_step"])
-        if m != "trl":
+        if m not in TRL:
             with open(f"{folder}/{m}/memory.json") as f:
                 plan = json.load(f)
             out[m] |= dict(plan=plan["plan"], planned=plan["total"])
@@ -547,7 +548,8 @@ def report(data, path):
                 ("", "")), f"{r['peak'] / MB:,.0f}",
               *((f"{r['planned'] / MB:,.0f}", f"{r['planned'] / r['peak']:.2f}") if "planned" in r else
                 ("", ""))) for m, r in got.items()])
-        for base in [m for m in ("trl", "ppo") if m in got]:
+        beside = TRL | {"trl": TRL["trl_ppo"], "ppo": ("dvpo", "lora", *COMPARATORS)}
+        for base in [m for m in beside if m in got and {*beside[m]} & {*got}]:
             out += table(
                 (f"against {base}", "time", "predicted", "measured / predicted",
                  "smallest and largest of the rounds", "memory"),
@@ -557,7 +559,7 @@ def report(data, path):
                     if base in want else
                     ("", "")), spread(r["rounds"], got[base]["rounds"]),
                   f"{r['peak'] / got[base]['peak']:.3f}")
-                 for m, r in got.items() if m not in (base, "trl")])
+                 for m, r in got.items() if m in beside[base]])
         out += [
             "What each plans to hold, MB: " + "; ".join(f"{m}: " + ", ".join(f"{k} {v / MB:,.0f}"
                                                                              for k, v in r["plan"].items())
@@ -614,7 +616,7 @@ def report(data, path):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="124M", help="(default: %(default)s)")
-    p.add_argument("--methods", nargs="+", choices=METHODS | COMPARATORS, default=list(METHODS),
+    p.add_argument("--methods", nargs="+", choices=[*METHODS, *COMPARATORS, *TRL], default=list(METHODS),
                    help="in turns (default: ppo dvpo lora)")
     p.add_argument("--prompt", type=int, default=64, help="tokens (default: %(default)s)")
     p.add_argument("--new", type=int, default=128, help="tokens (default: %(default)s)")
@@ -633,9 +635,7 @@ def main(argv=None):
     p.add_argument("--zero", type=int, default=int(CUDA), help="(default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5,
                    help="steps of each method that count (default: %(default)s)")
-    p.add_argument(
-        "--trl", help="python of an environment with TRL 1.0.0: its PPO takes turns too "
-                      "(experiments/bench_trl.py)")
+    p.add_argument("--trl", help="python of an environment with TRL, for trl_ppo, trl_grpo and trl_dpo")
     p.add_argument("--world", type=int, default=1, help="ranks (default: %(default)s)")
     p.add_argument("--decode", action="store_true", help="the rollout alone, against generate")
     p.add_argument("--attention", action="store_true",
@@ -647,7 +647,6 @@ def main(argv=None):
     p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json",
                    help="(default: %(default)s)")
     a = p.parse_args(argv)
-    a.methods = ["trl"] * bool(a.trl) + a.methods
     words = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     data = json.load(open(a.to)) if os.path.exists(a.to) else {}
     if not a.plan or "machine" not in data:
@@ -691,7 +690,8 @@ def main(argv=None):
             command=words, rows=a.batch_size, rate=rate,
             predicted={m: predict(a, m, rate)
                        for m in a.methods
-                       if m != "trl" and a.lengths == "full"}, measured=side_by_side(a, a.methods, a.rounds))
+                       if m not in TRL and a.lengths == "full"},
+            measured=side_by_side(a, a.methods, a.rounds))
         data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" +
                                      (" at most" if a.lengths == "mixed" else "") +
                                      (f", {a.world} ranks" if a.world > 1 else "")] = part
