@@ -4,25 +4,20 @@
     response  well , the soup was not awful . the staff was very friendly .
 
 Gold reward: for each of the two requested nouns, +1/2 if the response holds exactly one well-formed clause
-about it and
-that clause is positive ("not" flips the meaning), else -1/2; so it lies in [-1, 1].
+about it and that clause is positive ("not" flips the meaning), else -1/2; so it lies in [-1, 1].
 
 The offline data come from behaviour policies that differ in how often they choose a kind word and how often
-they blunder
-(wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few thousand states that
-the text so
-far determines, so Q(s, a), the expected gold reward once the policy goes on from there, is the solution of
-one linear
-system: `true_q` is exact. No benchmark of real text has such a yardstick.
+they blunder (wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few thousand
+states that the text so far determines, so Q(s, a), the expected gold reward once the policy goes on from
+there, is the solution of one linear system: `true_q` is exact. No benchmark of real text has such a yardstick.
 
-    python data/toy.py                  # writes data/toy/, a few seconds
+    python data/toy.py                      writes data/toy/, a few seconds
 
-    model/                              word-level tokenizer and an untrained two-layer GPT-2
-    sft.jsonl, sft_heldout.jsonl        {prompt, response}                   for sft.py
-    gvm.jsonl, gvm_heldout.jsonl        {prompt, response, reward, policy}   for train_gvm.py
-    pairs.jsonl, pairs_heldout.jsonl    {prompt, chosen, rejected, ...}      for the reward model of
-    ppo_baseline.py
-    prompts.jsonl, prompts_heldout.jsonl {prompt}                            for dvpo.py and ppo_baseline.py
+    model/                                  word-level tokenizer and an untrained two-layer GPT-2
+    sft.jsonl, sft_heldout.jsonl            {prompt, response}                      sft.py
+    gvm.jsonl, gvm_heldout.jsonl            {prompt, response, reward, policy}      train_gvm.py
+    pairs.jsonl, pairs_heldout.jsonl        {prompt, chosen, rejected, ...}         ppo_baseline.py
+    prompts.jsonl, prompts_heldout.jsonl    {prompt}                                dvpo.py, ppo_baseline.py
 """
 import argparse
 import functools
@@ -44,13 +39,13 @@ EOS, STUTTER = "<eos>", "<stutter>"
 
 class Policy(NamedTuple):
     """How a behaviour policy writes: the probability of each choice and of each kind of blunder."""
-    kind: float  # says something positive about the noun
-    wrong: float = 0.01  # answers a noun nobody asked for
-    stop: float = 0.02  # ends before both nouns are reviewed
-    stutter: float = 0.002  # says the same word twice; the clause is lost
-    slip: float = 0.003  # a random word in place of the right one
-    more: float = 0.05  # adds a clause after the second one
-    negate: float = 0.3  # uses "not" where it can
+    kind: float                                         # says something positive about the noun
+    wrong: float = 0.01                                 # answers a noun nobody asked for
+    stop: float = 0.02                                  # ends before both nouns are reviewed
+    stutter: float = 0.002                              # says the same word twice; the clause is lost
+    slip: float = 0.003                                 # a random word in place of the right one
+    more: float = 0.05                                  # adds a clause after the second one
+    negate: float = 0.3                                 # uses "not" where it can
     intensify: float = 0.2
     opener: float = 0.4
 
@@ -70,18 +65,16 @@ SFT_MIX = {"expert": 0.15, "good": 0.1, "average": 0.45, "clumsy": 0.15, "poor":
 
 
 class State(NamedTuple):
-    clauses: int = 0  # full stops so far, counted up to 3
-    credit: tuple = (0, 0
-                     )  # per requested noun: 0 nothing yet, 1 one positive clause, -1 one negative, 2 several
-    at: str = "start"  # start opener clause the noun was not very adjective broken
-    noun: int = -1  # of the clause under way: 0 or 1 a requested noun, 2 another one
+    clauses: int = 0                                    # full stops so far, counted up to 3
+    credit: tuple = (0, 0)      # of each requested noun: 0 no clause, 1 a positive, -1 a negative, 2 several
+    at: str = "start"           # start opener clause the noun was not very adjective broken
+    noun: int = -1              # of the clause under way: 0 or 1 a requested noun, 2 another one
     negated: bool = False
     positive: bool = False
 
 
 def advance(state, word, nouns):
-    """The state after one more word. Any word may follow any other: what breaks the grammar loses its clause.
-    """
+    """The state after one more word. Any word may follow any other; a broken clause is lost."""
     if word == ".":
         credit = list(state.credit)
         if state.at == "adjective" and state.noun < 2:
@@ -147,13 +140,13 @@ def next_words(state, policy, nouns):
         for word in words:
             out[word] = out.get(word, 0.0) + weight / len(words)
 
-    say(WORDS, p.slip)  # blunders first ...
+    say(WORDS, p.slip)                                  # blunders first ...
     free = 1 - p.slip
     if state.at in ("the", "noun", "was", "not", "very", "adjective"):
         say([STUTTER], p.stutter)
         free -= p.stutter
 
-    at, opener = state.at, p.opener if state.at == "start" else 0.0  # ... then the intended word
+    at, opener = state.at, p.opener if state.at == "start" else 0.0         # ... then the intended word
     if at in ("start", "clause"):
         end = p.stop if state.clauses < 2 else 1 - p.more if state.clauses < 3 else 1.0
         say(OPENERS, free * opener)
@@ -174,7 +167,7 @@ def next_words(state, policy, nouns):
         say(INTENSIFIERS, free * (1 - negate) * intensify)
         say(kind, free * (1 - negate) * (1 - intensify) * p.kind)
         say(unkind, free * (1 - negate) * (1 - intensify) * (1 - p.kind))
-    else:  # adjective, broken: close the clause
+    else:                                               # adjective, broken: close the clause
         say(["."], free)
     return {word: q for word, q in out.items() if q > 0}
 
@@ -196,11 +189,10 @@ def values(policy):
     """{state: expected gold reward from there on under the named policy}, exact.
 
     V = P V + p(eos) reward, over every state that some text can reach, so that prefixes the policy would
-    never write have
-    a value too. Which two nouns are asked for does not matter: one table serves all prompts.
+    never write have a value too. Which two nouns are asked for does not matter: one table serves all prompts.
     """
     nouns, index, queue = NOUNS[:2], {State(): 0}, [State()]
-    for state in queue:  # breadth first; the queue grows as we go
+    for state in queue:                                 # breadth first; the queue grows as we go
         for after in (advance(state, word, nouns) for word in WORDS):
             if after not in index:
                 index[after] = len(index)
@@ -210,15 +202,14 @@ def values(policy):
         for word, q in next_words(state, POLICIES[policy], nouns).items():
             if word == EOS:
                 r[i] += q * reward_of(state)
-            else:  # STUTTER is no word of the grammar: it breaks the clause
+            else:                                       # STUTTER, no word of the grammar, breaks the clause
                 P[i, index[advance(state, word, nouns)]] += q
     V = np.linalg.solve(np.eye(len(index)) - P, r)
     return {state: float(V[i]) for state, i in index.items()}
 
 
 def true_q(prompt, prefix, policy):
-    """Q(s, a): expected gold reward when `policy` (a name) goes on after `prefix`, whose last word is the
-    action a.
+    """Q(s, a): expected gold reward when `policy` (a name) goes on after `prefix`, whose last word is a.
 
     An empty prefix gives V(s_0); a prefix that ends in <eos> gives its gold reward.
     """
@@ -262,8 +253,7 @@ def write_jsonl(path, rows):
 
 
 def pair_up(rows, rng):
-    """Labelled rows -> pairs {prompt, chosen, rejected, ...} in random order: each row against one on the
-    same prompt that drew another reward."""
+    """Labelled rows -> pairs {prompt, chosen, rejected, ...}, shuffled: each row against one other."""
     by_prompt, pairs = {}, []
     for row in rows:
         by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
@@ -271,10 +261,8 @@ def pair_up(rows, rng):
         for a, b in zip(group, rng.permutation(np.array(group, dtype=object)), strict=False):
             if a["reward"] != b["reward"]:
                 win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
-                pairs.append({
-                    "prompt": a["prompt"], "chosen": win["response"], "rejected": lose["response"],
-                    "chosen_policy": win["policy"], "rejected_policy": lose["policy"]
-                })
+                pair = dict(prompt=a["prompt"], chosen=win["response"], rejected=lose["response"])
+                pairs.append(dict(pair, chosen_policy=win["policy"], rejected_policy=lose["policy"]))
     rng.shuffle(pairs)
     return pairs
 
@@ -293,8 +281,7 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(model_config(tok))
     # Positions start as sinusoids (arXiv 1706.03762), in which an offset is a rotation: a tau shifts the
-    # prompt to many places, and
-    # from random positions each would have to be learned by itself.
+    # prompt to many places, and from random positions each would have to be learned by itself.
     d = model.config.n_embd
     angle = torch.arange(256)[:, None] / 10_000**(torch.arange(0, d, 2) / d)
     model.transformer.wpe.weight.data = 0.3 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
@@ -302,37 +289,31 @@ def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_poli
     rng = np.random.default_rng(seed)
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(NOUNS, 2)]
     rng.shuffle(prompts)
-    for part, n_sft, n in (("", sft_rows, rows_per_policy), ("_heldout", sft_rows // 10,
-                                                             heldout_rows_per_policy)):
+    parts = ("", sft_rows, rows_per_policy), ("_heldout", sft_rows // 10, heldout_rows_per_policy)
+    for part, n_sft, n in parts:
 
         def draw(policy):
             """Labelled responses of one policy, the prompts in turn, without end."""
             for prompt in itertools.cycle(str(p) for p in rng.permutation(prompts)):
                 text = sample(prompt, policy, rng)
-                yield {
-                    "prompt": prompt, "response": text, "reward": gold_reward(prompt, text), "policy": policy
-                }
+                yield dict(prompt=prompt, response=text, reward=gold_reward(prompt, text), policy=policy)
 
-        # Demonstrations come from everyone, and half of them stand at the end of a longer conversation with
-        # the same author, as
-        # chat data do: the SFT model, trunk of the GVM, knows its way about behind a tau.
+        # Demonstrations come from everyone, and most of them stand at the end of a longer conversation with
+        # the same author, as chat data do: the SFT model, trunk of the GVM, knows its way about behind a tau.
         sft = []
         for policy, share in SFT_MIX.items():
             turns = draw(policy)
             for row in itertools.islice(turns, round(share * n_sft)):
-                said = [
-                    m for r in itertools.islice(turns, int(rng.choice([0, 1, 1, 2, 2])))
-                    for m in ({"role": "user", "content": r["prompt"]},
-                              {"role": "assistant", "content": r["response"]})
-                ]
-                sft.append({
-                    "prompt": said + [{"role": "user", "content": row["prompt"]}] if said else row["prompt"],
-                    "response": row["response"]
-                })
+                said = []
+                for r in itertools.islice(turns, int(rng.choice([0, 1, 1, 2, 2]))):
+                    said.append(dict(role="user", content=r["prompt"]))
+                    said.append(dict(role="assistant", content=r["response"]))
+                prompt = [*said, dict(role="user", content=row["prompt"])] if said else row["prompt"]
+                sft.append(dict(prompt=prompt, response=row["response"]))
         rng.shuffle(sft)
         rows = [r for policy in POLICIES for r in itertools.islice(draw(policy), n)]
         rng.shuffle(rows)
-        pairs = pair_up(rows, rng)  # the reward model sees the same rows as the GVM
+        pairs = pair_up(rows, rng)                      # the reward model sees the same rows as the GVM
         write_jsonl(os.path.join(out, f"sft{part}.jsonl"), sft)
         write_jsonl(os.path.join(out, f"gvm{part}.jsonl"), rows)
         write_jsonl(os.path.join(out, f"pairs{part}.jsonl"), pairs)
