@@ -7,9 +7,9 @@ Gold reward: for each of the two requested nouns, +1/2 if the response holds exa
 about it and that clause is positive ("not" flips the meaning), else -1/2; so it lies in [-1, 1].
 
 The offline data come from behaviour policies that differ in how often they choose a kind word and how often
-they blunder (wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few thousand
-states that the text so far determines, so Q(s, a), the expected gold reward once the policy goes on from
-there, is the solution of one linear system: `true_q` is exact. No benchmark of real text has such a yardstick.
+they blunder (wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few
+thousand states that the text so far determines, so Q(s, a), the expected gold reward once the policy goes on
+from there, is the solution of one linear system: `true_q` is exact. No benchmark of real text has this.
 
     python data/toy.py                      writes data/toy/, a few seconds
 
