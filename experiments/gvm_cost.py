@@ -134,10 +134,10 @@ def lines_of(found):
     cells = []
     for name, rows in ("before", 64), ("packed", 63):
         cells.append([name, f"{mean[name]:.3f}", rows, f"{1000 * mean[name] / rows:.2f}"])
+    (read_, trained), (alone, _) = tokens["packed"], tokens["alone"]
     lines += [*table(["program", "seconds per update", "rows trained per update", "ms per row"], cells), "",
-              "Packed, {:.1f} tokens are read for each row and {:.1f} of them trained".format(*tokens["packed"]),
-              f"(a row alone is {tokens['alone'][0]:.1f} tokens long).", "",
-              "## Accuracy and reward against seconds", ""]
+              f"Packed, {read_:.1f} tokens are read for each row and {trained:.1f} of them trained (a row alone "
+              f"is {alone:.1f} tokens long).", "", "## Accuracy and reward against seconds", ""]
     cells = []
     for epochs, runs in found["gvm"].items():
         numbers = [[r["eval"]["accuracy"]["mean"] for r in runs],
@@ -159,9 +159,9 @@ def lines_of(found):
     names = ["reward model epochs", "seconds", "pair accuracy", "PPO, last tenth", "KL"]
     c = found["crossover"]
     return [*lines, *table(names, cells), "", "## The whole chain", "",
-            f"At the defaults the GVM takes {c['value']:.0f} seconds and the reward model {c['reward']:.0f}; a "
-            f"step of DVPO takes {c['dvpo']:.3f} seconds and one of PPO {c['ppo']:.3f}. So DVPO is cheaper in "
-            f"all after {c['steps']:.0f} RL steps."]
+            f"At the defaults the GVM takes {c['value']:.0f} seconds and the reward model "
+            f"{c['reward']:.0f}; a step of DVPO takes {c['dvpo']:.3f} seconds and one of PPO {c['ppo']:.3f}. "
+            f"So DVPO is cheaper in all after {c['steps']:.0f} RL steps."]
 
 
 def main():
