@@ -136,8 +136,8 @@ def lines_of(found):
         cells.append([name, f"{mean[name]:.3f}", rows, f"{1000 * mean[name] / rows:.2f}"])
     (read_, trained), (alone, _) = tokens["packed"], tokens["alone"]
     lines += [*table(["program", "seconds per update", "rows trained per update", "ms per row"], cells), "",
-              f"Packed, {read_:.1f} tokens are read for each row and {trained:.1f} of them trained (a row alone "
-              f"is {alone:.1f} tokens long).", "", "## Accuracy and reward against seconds", ""]
+              f"Packed, {read_:.1f} tokens are read for each row and {trained:.1f} of them trained (a row "
+              f"alone is {alone:.1f} tokens long).", "", "## Accuracy and reward against seconds", ""]
     cells = []
     for epochs, runs in found["gvm"].items():
         numbers = [[r["eval"]["accuracy"]["mean"] for r in runs],
