@@ -92,27 +92,49 @@ def embedded_world():
         yield row(label, spread(final), spread(fresh), f"{toy.mean(name, 'kl'):.2f}")
     yield f"DVPO ends {toy.apart('dvpo', 'ppo', '')} above PPO"
     yield f"To 80 % of PPO's gain DVPO takes {toy.reach('0.8', 'dvpo', 0)} times PPO's steps"
-    yield f"and {toy.reach('0.8', 'dvpo', 1)} of its seconds"
-    seconds = {name: np.mean([seed["seconds"][name] for seed in toy.seeds])
-               for name in ("sft", "gvm", "rm", "dvpo", "ppo")}
-    dvpo, ppo = (seconds["sft"] + seconds[a] + seconds[b] for a, b in (("gvm", "dvpo"), ("rm", "ppo")))
-    yield f"the GVM {seconds['gvm']:.0f} seconds and the reward model {seconds['rm']:.0f}"
-    yield f"{dvpo:.0f} seconds for SFT, GVM and DVPO, {ppo:.0f} for SFT, reward model and PPO"
     there = sum(seed["dvpo"] is not None for seed in toy.data["reach"]["1.0"])
     yield f"It reaches PPO's whole final reward in {there} of {n} seeds"
     yield f"in {toy.reach('1.0', 'dvpo', 0)} times the steps"
-    names = "ppo", "dvpo", "dvpo_no_tau"
-    gold = [f"{toy.mean(name):.3f}" for name in names]
-    kl = [f"{toy.mean(name, 'kl'):.2f}" for name in names]
-    yield f"gold reward after RL (SFT {np.mean(sft):.3f}), {n} seeds " + row(*gold)
-    yield "KL to SFT, nats per response " + row(*kl)
+    kl = toy.mean("dvpo_kl0.15", "kl")
+    yield f"At kl_coef 0.15 DVPO ends at {toy.mean('dvpo_kl0.15'):.3f} with KL {kl:.2f}"
+    yield f"{toy.apart('dvpo_kl0.15', 'ppo', '')} above PPO"
 
 
-def equal_kl():
-    runs, ppo = read("equal_kl.json")["runs"], Toy().values("ppo")
-    final, kl = (np.mean([run[key] for run in runs]) for key in ("final", "kl"))
-    yield f"At kl_coef 0.15 DVPO ends at {final:.3f} with KL {kl:.2f}"
-    yield f"{interval(np.subtract([run['final'] for run in runs], ppo), 3)} above PPO at no higher KL"
+def gvm_cost():
+    data = read("gvm_cost.json")
+    for epochs in "0.5", "1", "1.5", "3":
+        runs = data["gvm"][epochs]
+        cells = [f"{np.mean([r['seconds'] for r in runs]):.0f}"]
+        cells += [f"{np.mean(x):.3f}" for x in ([r["eval"]["accuracy"]["mean"] for r in runs],
+                                                [r["eval"]["true_q"]["correlation"] for r in runs],
+                                                [r["dvpo"]["final"] for r in runs])]
+        yield row(f"GVM, {epochs} passes", *cells, f"{np.mean([r['dvpo']['kl'] for r in runs]):.2f}")
+    for epochs in "1", "3":
+        runs = data["rm"][epochs]
+        numbers = [np.mean(x) for x in ([r["accuracy"] for r in runs], [r["ppo"]["final"] for r in runs])]
+        cells = [f"{np.mean([r['seconds'] for r in runs]):.0f}", f"{numbers[0]:.3f}", "", f"{numbers[1]:.3f}"]
+        yield row(f"reward model, {epochs} passes", *cells, f"{np.mean([r['ppo']['kl'] for r in runs]):.2f}")
+    before, packed = (1000 * np.mean(data["timed"][name]) for name in ("before", "packed"))
+    before, packed = before / 64, packed / 63           # rows per update
+    yield f"{packed:.1f} ms per trained row, {before:.1f} with one tau per row"
+    c = data["crossover"]
+    yield f"{c['value']:.0f} seconds for the GVM, {c['reward']:.0f} for the reward model"
+    yield f"{c['dvpo']:.2f} seconds per step of DVPO, {c['ppo']:.2f} of PPO"
+    yield f"cheaper in all after {c['steps']:.0f} RL steps"
+
+
+def comparators():
+    data = read("comparators.json")
+    labels = dict(ppo="PPO", dvpo="DVPO", dvpo_no_tau="DVPO, no tau", dpo="DPO", remax="ReMax", grpo="GRPO")
+    for method, label in labels.items():
+        runs = data["runs"][method]
+        gold, fresh, kl = ([r[key] for r in runs] for key in ("final", "heldout", "kl"))
+        there = [r["reach"] for r in runs if r["reach"]]
+        yield row(label, interval(gold, 3), interval(fresh, 3), interval(kl), f"{len(there)} of {len(runs)}",
+                  interval([steps for steps, _ in there], 0) if there else "")
+        yield row(label, f"{np.mean(gold):.3f}", f"{np.mean(kl):.2f}")
+    for method, points in data["curves"].items():
+        yield row(labels[method], *(f"{p['final']:.3f} at {p['kl']:.2f}" for p in points))
 
 
 def earlier_draws():
@@ -256,26 +278,23 @@ def theorem():
 
 def real_text():
     data = read("real_text.json")
-    runs = {(run["tau_pairs"], run["batch_norm"], run["td_lambda"], run["seed"]): run for run in data["runs"]}
-
-    def accuracy(*key):
-        return runs[key]["accuracy"]["mean"]
-
-    three = [accuracy(2, False, 1, seed) for seed in (1, 2, 3)]
-    yield f"{data['runs'][0]['pairs']:,} pairs of answers"
-    yield row("two pairs in tau, three seeds", spread(three))
-    yield row("no tau, one seed", f"{accuracy(0, False, 1, 1):.3f}")
-    yield row("no tau, batch norm, one seed", f"{accuracy(0, True, 1, 1):.3f}")
-    slow = f"two pairs in tau, td_lambda 0.95 (1 gave {accuracy(2, False, 1, 1):.3f}), one seed"
-    yield row(slow, f"{accuracy(2, False, 0.95, 1):.3f}")
-    marks = data["yardsticks"]
-    yield row("yardstick: the longer answer wins", f"{marks['longer_wins']:.3f}")
-    seen = marks["longer_wins_seen_behind_0"], marks["longer_wins_seen_behind_2"]
-    yield "without tau, and with two pairs " + row("{:.3f} and {:.3f}".format(*seen))
-    yield row("yardstick: the policy with the better average wins", f"{marks['better_average_wins']:.3f}")
-    v0 = np.mean([runs[2, False, 1, seed]["v0_correlation"] for seed in (1, 2, 3)])
-    yield f"V(s_0 | tau) correlates {v0:.2f} with"
-    yield f"pair accuracy of the GVM | | {np.mean(three):.3f} | {accuracy(0, False, 1, 1):.3f} |"
+    whole = {(run["arm"], run["seed"]): run for run in data["runs"] if run["share"] == 1}
+    seeds = sorted({seed for _, seed in whole})
+    for k, part in (0, "all pairs"), (1, "left out"):
+        tau = [whole["tau", seed] for seed in seeds]
+        bare = [whole["no tau", seed]["mean"][k] for seed in seeds]
+        by = [interval([run[key][k] for run in tau], 3) for key in ("mean", "v0", "v0_of_8")]
+        yield row(part, interval(bare, 3), *by)
+        yield interval(np.subtract([run["mean"][k] for run in tau], bare), 3, "+") + f" ({part})"
+    for name, (every, left_out) in data["yardsticks"].items():
+        yield row(name, f"{every:.3f}", f"{left_out:.3f}")
+    yield f"{data['sft']['heldout_loss']:.2f} nats per token"
+    for arm in "no tau", "tau":
+        runs = [run for run in data["runs"] if (run["arm"], run["seed"]) == (arm, 1)]
+        curve = {run["share"]: run["mean"][0] for run in runs}
+        yield row(f"{arm}, seed 1", *(f"{curve[share]:.3f}" for share in (0.25, 0.5, 1)))
+    correlation = np.mean([run["v0_correlation"] for run in whole.values() if "v0_correlation" in run])
+    yield f"V(s_0 | tau) correlates {correlation:.2f} with"
 
 
 def cost():
@@ -290,8 +309,8 @@ def cost():
         if name == "ppo":
             ratios = [""] * 3
         yield row(label, seconds, *ratios[:2], peak, ratios[2])
-    yield f"time per step, PPO = 1 | 1 | {time['dvpo']:.3f} | | {time['lora']:.3f} |"
-    yield f"peak memory, PPO = 1 | 1 | {memory['dvpo']:.3f} | | {memory['lora']:.3f} |"
+    for name, label in ("dvpo", "DVPO"), ("lora", "DVPO `--lora`"):
+        yield f"{label} takes {time[name]:.3f} of PPO's time per step and {memory[name]:.3f} of its memory"
     for part, label in ("", "every answer has 64 tokens"), (" at most", "answers end where real ones do"):
         small = steps["14M, 16 rows, 32 + 64 tokens" + part]["measured"]
         cells = []
@@ -345,7 +364,7 @@ def soak():
     yield f"the launcher ended {data['rank']['seconds']:.0f} seconds later"
 
 
-CLAIMS = (demo, embedded_world, equal_kl, earlier_draws, gvm, without_tau, last_update, lr_decay,
+CLAIMS = (demo, embedded_world, gvm_cost, comparators, earlier_draws, gvm, without_tau, last_update, lr_decay,
           exact_values, head, ablations, theorem, real_text, cost, cost_of_parts, plans, soak)
 
 
