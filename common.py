@@ -115,8 +115,8 @@ def flags(doc, argv, *stages):
 def parse(p, argv):
     """The arguments, after the checks that need nothing else: numbers in range, batches that divide."""
     args = p.parse_args(argv)
-    positive = ("max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length lora_rank "
-                "save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
+    positive = ("max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length tau_length "
+                "lora_rank save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
                 "mini_batch_size grad_accum")
     for name, value in vars(args).items():
         least = "above 0" if name in positive.split() else "0 or above"

@@ -120,7 +120,8 @@ def main(argv=None):
         model.add_adapter("policy", r=8, alpha=32)
         adapter = "policy"
     rows = args.batch_size // args.grad_accum                     # pairs per forward pass
-    common.memory_plan({"policy": model}, args, 2 * rows, args.max_length, args.max_length)
+    kv_cache = args.batch_size, length                            # of the samples at the end
+    common.memory_plan({"policy": model}, args, 2 * rows, args.max_length, args.max_length, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, rows, args.grad_accum)
     batch = args.batch_size * common.world()                      # pairs per update, all ranks together

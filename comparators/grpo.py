@@ -14,7 +14,7 @@ Objective, for --group-size responses y_i to one prompt, with dvpo.py's ratio r_
 E is a mean over the tokens of a response, then over responses. A group whose rewards are all equal teaches
 nothing: `no_signal` in the log is their share. The flags give the rest of the family:
 
-    --scale none --loss-mean token                      Dr. GRPO (arXiv 2503.20783)
+    --scale none --loss-mean token --kl-coef 0          Dr. GRPO (arXiv 2503.20783)
     --scale none --loss-mean token --baseline loo       RLOO (arXiv 2402.14740)
 
 Deviations: --loss-mean token divides by the tokens of the batch, Dr. GRPO by a constant; RLOO has its KL in

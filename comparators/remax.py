@@ -79,6 +79,11 @@ def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
     return *common.append_responses(ids, attn, response, mask), ended
 
 
+def remax_advantage(score, greedy_score, logp, ref_logp, kl_coef):
+    """r(x, y) - r(x, y_greedy), (B,) each, minus the KL penalty of each token, (B, T) each -> (B, T)."""
+    return (score - greedy_score)[:, None] - kl_coef * (logp - ref_logp).clamp(-20, 20)
+
+
 def remax_loss(logp, adv, mask, n_tokens):
     """REINFORCE, negated: (B, T) each -> scalar, this mini-batch's sum by the tokens of the whole batch."""
     return -(logp * adv * mask).sum() / n_tokens
@@ -158,8 +163,7 @@ def main(argv=None):
             for m in order.split(args.mini_batch_size):                     # rows of one mini-batch
                 logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
                 old_logp[m] = logp.detach()
-                log_ratio_ref = (old_logp[m] - ref_logp[m]).clamp(-20, 20)
-                adv = (score - greedy_score)[m, None] - args.kl_coef * log_ratio_ref                # (b, T)
+                adv = remax_advantage(score[m], greedy_score[m], old_logp[m], ref_logp[m], args.kl_coef)
                 loss_m = remax_loss(logp, adv, mask[m], n_tokens)
                 policy.backward(loss_m * common.world() * accum)              # DeepSpeed divides by both
                 policy.step()

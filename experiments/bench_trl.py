@@ -101,7 +101,8 @@ def grpo(tok, policy):
     updates = epochs * rows // (mini * accum)
     args = GRPOConfig(**COMMON, per_device_train_batch_size=mini, gradient_accumulation_steps=accum,
                       steps_per_generation=rows // mini, num_iterations=epochs, num_generations=4, beta=0.04,
-                      max_completion_length=new, max_steps=updates * (rounds + 1), loss_type="grpo")
+                      max_completion_length=new, max_steps=updates * (rounds + 1), loss_type="grpo",
+                      disable_dropout=True)
     return GRPOTrainer(policy, reward, args, data, processing_class=tok, reward_processing_classes=tok,
                        callbacks=[Turns(updates)])
 

@@ -27,9 +27,7 @@ from experiments.shared import commit, machine, table, write_results
 
 B, GROUP, CLIP, BETA = 8, 4, 0.2, 0.04
 PROMPT = [dict(role="user", content="review the soup and the staff .")]
-VARIANTS = {                                            # TRL's loss_type: --loss-mean, --scale, --baseline
-    "grpo": ("response", "std", "mean"), "bnpo": ("token", "none", "mean"), "dapo": ("token", "none", "loo"),
-}
+VARIANTS = {"grpo": "response", "bnpo": "token", "dapo": "token"}       # TRL's loss_type: --loss-mean
 
 
 def frame(tok):
@@ -68,7 +66,7 @@ def check_grpo(lm, reference, old, tok, folder):
     old_logp, ref_logp = log_probs(old, ids, attn, T), log_probs(reference, ids, attn, T)
     score = torch.randn(B, generator=torch.Generator().manual_seed(1))
     found = {}
-    for loss_type, (loss_mean, scale, baseline) in VARIANTS.items():
+    for loss_type, loss_mean in VARIANTS.items():
         ours, theirs = copies(lm)
         config = trl.GRPOConfig(folder, per_device_train_batch_size=B, num_generations=GROUP, beta=BETA,
                                 epsilon=CLIP, loss_type=loss_type, use_cpu=True, bf16=False, report_to=[],
@@ -78,7 +76,7 @@ def check_grpo(lm, reference, old, tok, folder):
         trainer = trl.GRPOTrainer(theirs, lambda completions, **_: [0.0] * B, config, data,
                                   processing_class=tok)
         trainer.current_gradient_accumulation_steps = 1
-        adv, _ = grpo.group_advantage(score, GROUP, baseline, scale)
+        adv, _ = grpo.group_advantage(score, GROUP, "mean", "std")
         inputs = dict(prompt_ids=ids[:, :P], prompt_mask=attn[:, :P], completion_ids=ids[:, P:],
                       completion_mask=mask.long(), advantages=adv, old_per_token_logps=old_logp,
                       ref_per_token_logps=ref_logp, num_items_in_batch=mask.sum())
@@ -87,8 +85,7 @@ def check_grpo(lm, reference, old, tok, folder):
         args = argparse.Namespace(clip=CLIP, kl_coef=BETA)
         logp = ours(ids, attn, T)
         loss, _ = grpo.grpo_loss(logp, old_logp, ref_logp, adv[:, None], weight / weight.sum(), args)
-        name = f"GRPO, --loss-mean {loss_mean} --scale {scale} --baseline {baseline} (TRL: {loss_type})"
-        found[name] = compare(loss, ours, their_loss, theirs)
+        found[f"GRPO, --loss-mean {loss_mean} (TRL: {loss_type})"] = compare(loss, ours, their_loss, theirs)
     return found
 
 
@@ -120,7 +117,7 @@ def main():
     lm, reference, old = models
     for other in reference, old:                        # near each other: ratios within the clip and without
         for p, q in zip(other.parameters(), lm.parameters(), strict=True):
-            p.data = q.data + 0.02 * p.data
+            p.data = q.data + 0.1 * p.data
     with tempfile.TemporaryDirectory() as folder:
         lm.save_pretrained(folder)                      # TRL loads its reference from where the model is
         lm = LlamaForCausalLM.from_pretrained(folder).eval()

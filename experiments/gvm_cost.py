@@ -1,10 +1,9 @@
 """What does the GVM cost, and what does it give for that? Accuracy and reward against seconds of training.
 
     git worktree add out/before 5367141                         the program before rows were packed
-    python data/toy.py && python experiments/seeds.py --seeds 1 2
-    python experiments/gvm_cost.py                              30 minutes, two runs at a time
+    python data/toy.py && python experiments/gvm_cost.py        40 minutes, two runs at a time
 
-GVMs and reward models of different length, with the SFT models and labelled rows of experiments/seeds.py.
+GVMs and reward models of different length, on the same SFT models and labelled rows.
 Settings were chosen by this table, so that its seeds decide nothing else.
 Writes out/seeds/SEED/cost/..., results/gvm_cost.json and .md.
 """
@@ -18,7 +17,7 @@ import numpy as np
 import common
 import train_gvm
 from experiments.exact import BLUNDERS, changes
-from experiments.seeds import STEPS, read, rows_of
+from experiments.seeds import STEPS, prepare, read, rows_of
 from experiments.shared import (
     commit,
     final,
@@ -30,7 +29,7 @@ from experiments.shared import (
     write_results,
 )
 
-GVM_EPOCHS, RM_EPOCHS = (0.5, 1, 1.5, 3), (1, 3)        # the defaults are 1.5 and 3
+GVM_EPOCHS, RM_EPOCHS = (0.5, 1, 1.5, 3), (1, 2, 3)     # the defaults are 1.5 and 3
 TIMED = 200                                             # updates of the timing runs
 BEFORE = "out/before/train_gvm.py"                      # one tau per row, 64 rows per update
 
@@ -169,6 +168,7 @@ def main():
     parser.set_defaults(seeds=[1, 2])
     args = parser.parse_args()
     if not args.report:
+        two_at_a_time(prepare, args.seeds)
         for name in "before", "packed":
             two_at_a_time(timed, [(seed, name) for seed in args.seeds])
         two_at_a_time(gvm, [(seed, epochs) for epochs in GVM_EPOCHS for seed in args.seeds])

@@ -65,7 +65,7 @@ def main():
              f"{args.new} new ones, fp32. Mean over {WINDOW} tokens; MB: resident, above the model alone. "
              f"The cache is planned to hold {runs['growing cache']['planned']:,.0f} MB at the end.", ""]
     cells = []
-    for end in range(WINDOW, args.new, (args.new // WINDOW // 4) * WINDOW):
+    for end in range(WINDOW, args.new, max(1, args.new // WINDOW // 4) * WINDOW):
         row = [f"{end - WINDOW} to {end}"]
         for run in runs.values():
             row += [f"{1000 * np.mean(run['seconds'][end - WINDOW:end]):.1f}", f"{run['held'][end - 1]:,.0f}"]

@@ -99,7 +99,7 @@ def measure(job):
     meta = common.load_adapter(model, tok, f"{folder(*job)}/model", "python experiments/real_text.py")
     rows, args = train_gvm.Labelled(["out/real/valid.jsonl"]), argparse.Namespace(**meta)
     v0s = []
-    for k in range(TAUS if meta["tau_pairs"] else 1):
+    for k in range(TAUS if meta["tau_pairs"] and share == 1 else 1):
         taus = []
         for i, row in enumerate(rows):
             rng = np.random.default_rng([seed, k, i])
@@ -110,7 +110,7 @@ def measure(job):
             mean = accuracies(rows, [q[1:].mean() for q in values])
     seconds = rows_of(f"{folder(*job)}/metrics.jsonl")[-1]["seconds"]
     found = dict(arm=arm, seed=seed, share=share, seconds=seconds, mean=mean)
-    if meta["tau_pairs"]:
+    if len(v0s) == TAUS:
         found |= dict(v0=accuracies(rows, v0s[0]), v0_of_8=accuracies(rows, np.mean(v0s, 0)))
         rewards = [np.mean([rows[i]["reward"] for i in index]) for index in rows.by_policy.values()]
         averages = [np.mean(np.mean(v0s, 0)[index]) for index in rows.by_policy.values()]

@@ -60,11 +60,17 @@ def label(root, seed):
                    stderr=subprocess.DEVNULL)
 
 
-def chain(seed):
+def prepare(seed):
+    """SFT, and its own samples, labelled."""
     root = f"out/seeds/{seed}"
     stage("sft.py", f"{root}/sft", "--seed", seed)
     if not os.path.exists(f"{root}/labelled_pairs.jsonl"):
         label(root, seed)
+
+
+def chain(seed):
+    prepare(seed)
+    root = f"out/seeds/{seed}"
     init = "--seed", seed, "--init-from", f"{root}/sft/model"
     gvm = "--gvm", f"{root}/gvm/model"
     stage("train_gvm.py", f"{root}/gvm", *init, "--data", "data/toy/gvm.jsonl", f"{root}/labelled.jsonl")
@@ -181,7 +187,7 @@ def main(argv=None):
     args = seeds_parser(__doc__).parse_args(argv)
     if not args.report:
         grid = itertools.product(("dvpo.py", "ppo_baseline.py"), LRS, KL_COEFS)
-        two_at_a_time(chain, [*args.seeds, TUNING])
+        two_at_a_time(chain, dict.fromkeys([*args.seeds, TUNING]))
         two_at_a_time(tuning, grid)
     report(args.seeds)
 

@@ -4,7 +4,8 @@
 
 SFT models, labelled rows, reward models and the runs of DVPO and PPO are those of experiments/seeds.py: the
 same rows for all, the same number of trained rollouts. Each new method is tuned on two seeds over six
-settings; the five seeds decide nothing. Then every method runs with five KL coefficients on two of them.
+settings; DVPO and PPO run at their defaults (their grids: toy.md). The five seeds decide nothing. Then every
+method runs with five KL coefficients on two of them.
 Writes out/seeds/SEED/comparators/..., results/comparators.json, .md and .png.
 """
 import itertools
@@ -19,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.seeds import STEPS, read, rows_of
+from experiments.seeds import STEPS, prepare, read, rows_of
 from experiments.shared import (
     commit,
     final,
@@ -46,6 +47,16 @@ CURVES = {                                              # KL coefficients, and w
 CURVE_SEEDS = 11, 12
 OWN = {"dvpo": (), "dvpo_no_tau": ("--tau-pairs", 0), "ppo": ()}        # of experiments/seeds.py
 LABELS = dict(dvpo="DVPO", dvpo_no_tau="DVPO, no tau", ppo="PPO", dpo="DPO", remax="ReMax", grpo="GRPO")
+
+
+def reward_model(seed):
+    """SFT and reward model of a tuning seed, unless experiments/seeds.py has made them."""
+    prepare(seed)
+    root = f"out/seeds/{seed}"
+    if not os.path.exists(f"{root}/rm/model"):
+        pairs = "data/toy/pairs.jsonl", f"{root}/labelled_pairs.jsonl"
+        stage("ppo_baseline.py", f"{root}/rm_only", "--seed", seed, "--init-from", f"{root}/sft/model",
+              "--rm", f"{root}/rm/model", "--pairs", *pairs, "--rm-only")
 
 
 def run(job):
@@ -146,14 +157,16 @@ def lines_of(data):
     lines = ["# DPO, ReMax, GRPO beside DVPO and PPO", "",
              f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
              f"{', '.join(map(str, data['seeds']))}, {STEPS} steps of 64 trained rollouts (DPO: one pass "
-             "over the pairs); mean and 95 % interval. Last tenth: of the steps; of DPO, fresh answers.", ""]
+             "over the pairs); mean and 95 % interval. Last tenth: of the steps; of DPO, fresh answers. "
+             "DPO's seconds leave out the reference's log-probs, one forward pass per pair beforehand.", ""]
     cells = []
     for method in LABELS:
         runs = data["runs"][method]
         values = [interval([r[key] for r in runs], 3) for key in ("final", "heldout", "kl")]
         there = [r["reach"] for r in runs if r["reach"]]
         steps = interval([steps for steps, _ in there], 0) if there else ""
-        cells.append([LABELS[method], *values, f"{len(there)} of {len(runs)}", steps,
+        count = "" if method == "dpo" else f"{len(there)} of {len(runs)}"
+        cells.append([LABELS[method], *values, count, steps,
                       f"{np.mean([r['seconds'] / r['steps'] for r in runs]):.2f}", runs[0]["models"],
                       f"{runs[0]['parameters']:,}", f"{runs[0]['trainable']:,}"])
     names = ["method", "last tenth", "fresh", "KL", "got to 80 % of PPO's gain", "in steps",
@@ -178,6 +191,7 @@ def lines_of(data):
 def main():
     args = seeds_parser(__doc__).parse_args()
     if not args.report:
+        two_at_a_time(reward_model, TUNING)
         jobs = []
         for method, grid in GRID.items():
             jobs += [(seed, method, *setting) for setting in itertools.product(*grid) for seed in TUNING]

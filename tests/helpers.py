@@ -249,6 +249,18 @@ def script(*argv, env=None, timeout=300):
                           timeout=timeout)
 
 
+NOTHING_STAYS_GATHERED = {                                  # what a model too big to stay gathered would meet
+    "gradient_clipping": 1.0, "steps_per_print": 10**9,
+    "zero_optimization": {"reduce_bucket_size": 5000, "stage3_max_live_parameters": 0,
+                          "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+                          "stage3_param_persistence_threshold": 0}}
+
+
+def zero_3():
+    common.write_json(path("ds3.json"), NOTHING_STAYS_GATHERED)
+    return "--zero", "3", "--ds-config", path("ds3.json")
+
+
 def two_ranks(*commands):
     """Runs (stage, flags) one after the other on two ranks -> the metrics of each. Starting takes longest."""
     done = script(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend",

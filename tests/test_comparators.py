@@ -1,8 +1,13 @@
 """comparators/: losses by hand, what is rolled out, learning, resume, two ranks."""
 import argparse
+import contextlib
+import io
 import json
 import math
+import os
+from unittest import mock
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -19,8 +24,10 @@ from helpers import (
     two_ranks,
     weights,
     world,
+    zero_3,
 )
 
+import ppo_baseline
 from comparators import dpo, grpo, remax
 from data import toy
 
@@ -28,19 +35,37 @@ GOLD = "--reward", "data/toy.py:gold_reward"
 SMALL = "--batch-size", "16", "--mini-batch-size", "8", "--max-new-tokens", "16"
 
 
+def reward_model():
+    """A reward model of three steps on the little world's SFT model -> its folder."""
+    folder = path("comparators/rm/model")
+    if not os.path.exists(folder):
+        small = path("toy/pairs_small.jsonl")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ppo_baseline.main([*RL, "--pairs", small, "--pairs-heldout", small, "--rm", folder, "--rm-only",
+                               "--rm-max-steps", "3", "--out", path("comparators/ppo")])
+    assert not os.path.exists(path("comparators/ppo/metrics.jsonl"))        # no RL after it
+    return folder
+
+
 def cases():
     """(script, flags) of four small steps with a checkpoint after two."""
     steps = "--max-steps", "4", "--save-every", "2"
     pairs = "--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl")
     own = "--init-from", path("sft/model"), "--heldout", path("toy/prompts_heldout.jsonl")
-    rl = *RL, *SMALL, *GOLD, *steps
-    return [(dpo, (*own, *pairs, *steps, "--batch-size", "16")), (remax, rl), (grpo, (*rl, "--lora"))]
+    rl, rm = (*RL, *SMALL, *steps), ("--rm", reward_model())
+    flags = (*own, *pairs, *steps, "--batch-size", "16")
+    return [(dpo, flags), (remax, (*rl, *rm)), (grpo, (*rl, *rm, "--grad-accum", "2")),
+            (dpo, (*flags, "--lora")), (remax, (*rl, *rm, "--lora")), (grpo, (*rl, *GOLD, "--lora"))]
 
 
 def test_losses_by_hand():
     loss, margin = dpo.dpo_loss(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -18.0]), 0.1)
     close(margin, [0.4])
     close(loss, math.log(1 + math.exp(-0.4)))
+    score, greedy = torch.tensor([0.5, 1.0]), torch.tensor([0.75, -1.0])
+    logp, ref = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]), torch.tensor([[-2.0, -2.0], [-1.0, -50.0]])
+    adv = remax.remax_advantage(score, greedy, logp, ref, 0.1)              # -0.25, 2; a ratio is cut at 20
+    close(adv, [[-0.25 - 0.1, -0.25], [2 + 0.2, 2 - 2.0]])
     mask, logp = torch.ones(1, 3), torch.tensor([[-1.0, -2.0, -9.0]])
     mask[0, 2] = 0
     close(remax.remax_loss(logp, torch.tensor([[0.5, -1.0, 7.0]]), mask, 4), -(-0.5 + 2.0) / 4)
@@ -104,11 +129,11 @@ def test_gold_reward_rises(stage, flags):
         assert {row["ratio_first"] for row in rows} == {1.0}
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(6))
 def test_resume(case):
     world()
     stage, argv = cases()[case]
-    straight, again = path("straight", stage.__name__), path("again", stage.__name__)
+    straight, again = path("straight", str(case)), path("again", str(case))
     argv = *argv, "--dtype", "bf16"
     rows = run(stage, *argv, "--out", straight)
     rewind(straight, again)
@@ -121,14 +146,38 @@ def test_resume(case):
 def test_zero_3_on_two_ranks():
     world()
     commands = []
-    for zero in "1", "3":
-        for stage, argv in cases()[:2]:
-            out = path(stage.__name__, zero)
-            commands.append((stage, (*argv, "--max-steps", "2", "--zero", zero, "--out", out)))
-    whole_dpo, whole_remax, *sharded = two_ranks(*commands)
-    for whole, other in zip((whole_dpo, whole_remax), sharded, strict=True):
-        for a, b in zip(whole, other, strict=True):
+    for flags in ("--zero", "1"), zero_3():
+        for stage, argv in cases()[:3]:
+            out = path("two", stage.__name__, flags[1])
+            commands.append((stage, (*argv, "--max-steps", "2", *flags, "--out", out)))
+    rows = two_ranks(*commands)
+    for whole, sharded in zip(rows[:3], rows[3:], strict=True):
+        for a, b in zip(whole, sharded, strict=True):
             close(a["loss"], b["loss"], 1e-4)
+
+
+@pytest.mark.parametrize("stage", [dpo, remax, grpo])
+def test_gradient_does_not_depend_on_micro_batches(stage):
+    """The first gradient's norm, before clipping, of one pass over the batch and of four."""
+    world()
+    norms, found, step = [], [], deepspeed.DeepSpeedEngine.step
+
+    def step_and_see(engine):
+        step(engine)
+        norms.append(float(engine.get_global_grad_norm() or 0))
+
+    argv = (*cases()[[dpo, remax, grpo].index(stage)][1], "--zero", "1")
+    for size in 16, 4:
+        flags = ("--grad-accum", 16 // size) if stage is dpo else ("--mini-batch-size", size)
+        if stage is grpo:
+            flags += ("--grad-accum", 16 // size, "--ppo-epochs", 1)
+        norms.clear()
+        with mock.patch.object(deepspeed.DeepSpeedEngine, "step", step_and_see):
+            run(stage, *argv, *flags, "--max-steps", 1, "--out", path("micro", stage.__name__, str(size)))
+        found.append(norms[-1])
+    whole, parts = found
+    assert whole > 0
+    close(parts / whole, 1.0, 1e-4)
 
 
 def test_bad_input():

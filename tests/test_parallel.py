@@ -16,9 +16,9 @@ from helpers import (
     two_ranks,
     weights,
     world,
+    zero_3,
 )
 
-import common
 import dvpo
 import ppo_baseline
 import train_gvm
@@ -42,18 +42,6 @@ def test_resume_on_two_ranks(straight_runs):
         commands.append((stage, [*argv, "--resume", "--out", out + "_again"]))
     for (*_, rows), again in zip(straight_runs, two_ranks(*commands), strict=True):
         same_run(again, rows)
-
-
-NOTHING_STAYS_GATHERED = {                                  # what a model too big to stay gathered would meet
-    "gradient_clipping": 1.0, "steps_per_print": 10**9,
-    "zero_optimization": {"reduce_bucket_size": 5000, "stage3_max_live_parameters": 0,
-                          "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
-                          "stage3_param_persistence_threshold": 0}}
-
-
-def zero_3():
-    common.write_json(path("ds3.json"), NOTHING_STAYS_GATHERED)
-    return "--zero", "3", "--ds-config", path("ds3.json")
 
 
 def test_two_ranks_equal_one():

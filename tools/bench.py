@@ -334,15 +334,14 @@ def predict(a, method, rate, shape=None, rows=None, new=None):
     once = method in ("remax", "dpo")
     train = one_pass if once else a.ppo_epochs * one_pass
     updates = 1 if once else a.ppo_epochs * rows // (a.mini_batch_size * a.grad_accum)
+    decoded = 2 * rows if method == "remax" else rows   # ReMax: a greedy response beside each
     token = max(
-        bytes_a_token(shape, rows, a.prompt + new / 2) / rate["bandwidth"],
-        2 * rows * (blocks + vocabulary) / rate["decode"])
-    seconds = dict(generate=forward(rows * a.prompt, a.prompt) / rate["operations"] + new * token,
+        bytes_a_token(shape, decoded, a.prompt + new / 2) / rate["bandwidth"],
+        2 * decoded * (blocks + vocabulary) / rate["decode"])
+    seconds = dict(generate=forward(decoded * a.prompt, a.prompt) / rate["operations"] + new * token,
                    score=((2 - (method == "remax")) * (body + top) + value) / rate["operations"],
                    optimizer={"ppo": 2, "lora": 0}.get(method, 1) * updates * total * 4 * 10 /
                    rate["bandwidth"])  # norm, clip; AdamW: 4 reads, 3 writes
-    if method == "remax":                               # two responses per prompt
-        seconds["generate"] *= 2
     if method == "dpo":
         seconds |= dict(generate=0.0, score=0.0)
     return dict(seconds, train=train / rate["operations"] + seconds["optimizer"],
@@ -647,6 +646,8 @@ def main(argv=None):
     p.add_argument("--to", default=f"results/bench_{'gpu' if CUDA else 'cpu'}.json",
                    help="(default: %(default)s)")
     a = p.parse_args(argv)
+    if a.lengths == "mixed" and {*a.methods} - {*METHODS, "trl_ppo"}:
+        p.error("--lengths mixed: only for ppo, dvpo, lora and trl_ppo")
     words = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     data = json.load(open(a.to)) if os.path.exists(a.to) else {}
     if not a.plan or "machine" not in data:
@@ -694,7 +695,8 @@ def main(argv=None):
             measured=side_by_side(a, a.methods, a.rounds))
         data.setdefault("steps", {})[f"{a.shape}, {a.batch_size} rows, {a.prompt} + {a.new} tokens" +
                                      (" at most" if a.lengths == "mixed" else "") +
-                                     (f", {a.world} ranks" if a.world > 1 else "")] = part
+                                     (f", {a.world} ranks" if a.world > 1 else "") +
+                                     ("; comparators" if {*a.methods} & {*COMPARATORS} else "")] = part
     common.write_json(a.to, data)
     report(data, a.to[:-5] + ".md")
 
