@@ -45,7 +45,9 @@ CURVES = {                                              # KL coefficients, and w
     "remax": (0.02, 0.05, 0.1, 0.3, 1), "grpo": (0.01, 0.02, 0.04, 0.1, 0.3),
 }
 CURVE_SEEDS = 11, 12
-OWN = {"dvpo": (), "dvpo_no_tau": ("--tau-pairs", 0), "ppo": ()}        # of experiments/seeds.py
+OWN = {"dvpo": (), "dvpo_no_tau": ("--tau-pairs", 0), "ppo": ()}        # of seeds.py, and its runs:
+DONE = {("dvpo", 0.1): "dvpo", ("dvpo", 0.15): "dvpo_kl0.15", ("dvpo_no_tau", 0.1): "dvpo_no_tau",
+        ("dvpo_no_tau", 0.2): "dvpo_no_tau_kl0.2", ("ppo", 0.1): "ppo"}
 LABELS = dict(dvpo="DVPO", dvpo_no_tau="DVPO, no tau", ppo="PPO", dpo="DPO", remax="ReMax", grpo="GRPO")
 
 
@@ -63,6 +65,8 @@ def run(job):
     """One run of one method -> its folder."""
     seed, method, lr, kl = job
     root = f"out/seeds/{seed}"
+    if (method, kl) in DONE:
+        return f"{root}/{DONE[method, kl]}"
     out = f"{root}/comparators/{method}_{lr or 'default'}_{kl}"
     flags = ["--seed", seed, "--init-from", f"{root}/sft/model"]
     flags += ["--lr", lr] if lr else []
