@@ -34,8 +34,8 @@ from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_mo
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan, positions
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
-from runtime.processes import CUDA, LAUNCHER_VARIABLES, all_max, all_sum, barrier, deepspeed, die, finish
-from runtime.processes import gathered, missing_model, rank, seed, start, world, write_json
+from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, deepspeed, die
+from runtime.processes import finish, gathered, missing_model, rank, seed, start, world, write_json
 from runtime.rows import Rows, batch_indices, load_function, only_text, read_rows, show_batch
 # isort: on
 
@@ -371,7 +371,7 @@ def load_model(path, args=None, trainable=True):
     """
     dtypes = dict(auto=torch.bfloat16 if CUDA else torch.float32, fp32=torch.float32, bf16=torch.bfloat16)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, local_files_only=path.startswith(LOCAL))
         for key, value in vars(config).items():         # rollouts and updates must see the same policy
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
@@ -469,7 +469,7 @@ def set_lr(engine, lr):
 def load_tokenizer(path):
     """The tokenizer as it is. It needs no pad token: masks come from lengths, and token 0 fills the rest."""
     try:
-        tok = AutoTokenizer.from_pretrained(path)
+        tok = AutoTokenizer.from_pretrained(path, local_files_only=path.startswith(LOCAL))
     except (OSError, ValueError) as e:
         die(missing_model(path, e))
     if tok.eos_token_id is None:

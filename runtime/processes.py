@@ -24,6 +24,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if CUDA else "cpu")      # which 
 import deepspeed
 
 deepspeed.utils.logger.setLevel("WARNING")
+LOCAL = "out/", "data/"                                 # never asked for at the hub
 LAUNCHER_VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
@@ -41,7 +42,7 @@ def missing_model(path, error):
     """The error message for a model that cannot be loaded: where it would come from."""
     if os.path.isdir(path):
         return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
-    if path.startswith(("out", "data")):                # out/MODEL/STAGE/model
+    if path.startswith(LOCAL):                          # out/MODEL/STAGE/model
         parts = [*os.path.normpath(path).split(os.sep), "", ""]
         stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2])
         made_by = f"{stage} --model {parts[1]}" if stage else "data/toy.py, or tools/scratch_model.py"
