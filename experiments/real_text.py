@@ -36,7 +36,7 @@ SFT = ("--pack", 2, "--tau-length", RESPONSE + 1, "--max-length", 576, "--batch-
 GVM = ("--max-length", 576, "--tau-length", RESPONSE + 1, "--lr", 2e-3, "--td-lambda", 1, "--lora-rank", 32,
        "--lora-alpha", 32, "--lora-dropout", 0, "--min-gap", MIN_GAP, "--grad-accum", 1)
 ARMS = {"tau": ("--tau-pairs", 2, "--batch-size", 12), "no tau": ("--tau-pairs", 0, "--batch-size", 36)}
-SFT_STEPS, STEPS = 600, {"tau": 300, "no tau": 330}    # of both arms: equal seconds
+SFT_STEPS, STEPS = 1500, {"tau": 300, "no tau": 330}    # of both arms: equal seconds
 SEEDS = 1, 2, 3
 
 
