@@ -162,7 +162,6 @@ def without_tau():
     yield row("KL, nats per response", *(f"{toy.mean(name, 'kl'):.2f}" for name in names))
     yield row("steps to 80 % of PPO's gain, PPO = 1", *(toy.reach("0.8", name, 0) for name in names))
     yield row("steps to PPO's final reward, PPO = 1", *(toy.reach("1.0", name, 0) for name in names))
-    yield row("seconds to PPO's final reward, PPO = 1", *(toy.reach("1.0", name, 1) for name in names))
     for group, key, label in (("true_q", "correlation", "correlation with the exact Q"),
                               ("accuracy", "mean", "pair accuracy")):
         tau = np.mean([seed["gvm"][group][key] for seed in toy.seeds])
