@@ -29,7 +29,7 @@ from experiments.shared import (
     write_results,
 )
 
-GVM_EPOCHS, RM_EPOCHS = (0.5, 1, 1.5, 3), (1, 2, 3)     # the defaults are 1.5 and 3
+GVM_EPOCHS, RM_EPOCHS = (0.5, 1, 1.5, 3), (1, 3)        # the defaults are 1.5 and 3
 TIMED = 200                                             # updates of the timing runs
 BEFORE = "out/before/train_gvm.py"                      # one tau per row, 64 rows per update
 

@@ -109,7 +109,7 @@ def gvm_cost():
                                                 [r["eval"]["true_q"]["correlation"] for r in runs],
                                                 [r["dvpo"]["final"] for r in runs])]
         yield row(f"GVM, {epochs} passes", *cells, f"{np.mean([r['dvpo']['kl'] for r in runs]):.2f}")
-    for epochs in "1", "2", "3":
+    for epochs in "1", "3":
         runs = data["rm"][epochs]
         numbers = [np.mean(x) for x in ([r["accuracy"] for r in runs], [r["ppo"]["final"] for r in runs])]
         cells = [f"{np.mean([r['seconds'] for r in runs]):.0f}", f"{numbers[0]:.3f}", "", f"{numbers[1]:.3f}"]
