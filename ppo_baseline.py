@@ -168,10 +168,8 @@ def train_reward_model(args, tok, device):
     metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine, first)
 
     def frame(rows):                                              # 2 B rows: the chosen, then the rejected
-        prompts = [common.encode_prompt(tok, r["prompt"])[-(args.max_length // 2):] for r in rows] * 2
-        responses = [common.encode_response(tok, r[side]) for side in ("chosen", "rejected") for r in rows]
-        responses = [r[:args.max_length - len(p)] for r, p in zip(responses, prompts, strict=True)]
-        return common.frame(prompts, responses, device)
+        sides = [dict(r, response=r[side]) for side in ("chosen", "rejected") for r in rows]
+        return common.packed_frame([common.pack(tok, r, [], args.max_length, 0) for r in sides], device)
 
     if args.dry_run:
         return common.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)

@@ -80,7 +80,7 @@ def dpo_loss(logp, ref_logp, beta):
 
 def frame(tok, rows, args, device):
     """Pairs -> the frame of 2 B rows, the chosen responses first."""
-    sides = [dict(prompt=r["prompt"], response=r[side]) for side in ("chosen", "rejected") for r in rows]
+    sides = [dict(r, response=r[side]) for side in ("chosen", "rejected") for r in rows]
     return common.packed_frame([common.pack(tok, r, [], args.max_length, 0) for r in sides], device)
 
 
