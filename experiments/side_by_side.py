@@ -37,12 +37,12 @@ TUNING = 1, 2                                           # seeds
 GRID = {                                                # learning rates, KL coefficients (of DPO: beta)
     "dpo": ((1e-4, 3e-4, 1e-3), (0.1, 0.3)),
     "remax": ((3e-4, 1e-3, 3e-3), (0.05, 0.1)),
-    "grpo": ((3e-4, 1e-3), (0.02, 0.04, 0.1)),
+    "grpo": ((1e-4, 3e-4), (0.1, 0.3, 1)),              # at its paper's 0.04 the policy runs away
 }
 CURVES = {                                              # KL coefficients, and who else is on the curve
     "dvpo": (0.05, 0.1, 0.15, 0.3, 0.6), "dvpo_no_tau": (0.05, 0.1, 0.2, 0.4, 0.8),
     "ppo": (0.02, 0.05, 0.1, 0.2, 0.4), "dpo": (0.03, 0.1, 0.3, 1, 3),
-    "remax": (0.02, 0.05, 0.1, 0.3, 1), "grpo": (0.01, 0.02, 0.04, 0.1, 0.3),
+    "remax": (0.02, 0.05, 0.1, 0.3, 1), "grpo": (0.04, 0.1, 0.3, 1, 3),
 }
 CURVE_SEEDS = 11, 12
 OWN = {"dvpo": (), "dvpo_no_tau": ("--tau-pairs", 0), "ppo": ()}        # of seeds.py, and its runs:
