@@ -37,7 +37,7 @@ GVM = ("--max-length", 576, "--tau-length", RESPONSE + 1, "--lr", 2e-3, "--td-la
        "--lora-alpha", 32, "--lora-dropout", 0, "--min-gap", MIN_GAP, "--grad-accum", 1)
 ARMS = {"tau": ("--tau-pairs", 2, "--batch-size", 12), "no tau": ("--tau-pairs", 0, "--batch-size", 36)}
 SFT_STEPS, STEPS = 1500, {"tau": 300, "no tau": 330}    # of both arms: equal seconds
-SEEDS = 1, 2, 3
+SEEDS = 1, 2, 3, 4
 
 
 def folder(arm, seed, share=1):
@@ -104,7 +104,8 @@ def measure(job):
         for i, row in enumerate(rows):
             rng = np.random.default_rng([seed, k, i])
             taus.append(rows.tau(row["policy"], row["prompt"], meta["tau_pairs"], rng))
-        values = [q for _, q in train_gvm.token_values(model, tok, rows, taus, args, "cpu")]
+        read_ = rows if k == 0 else [dict(row, response="") for row in rows]        # V(s_0) needs none
+        values = [q for _, q in train_gvm.token_values(model, tok, read_, taus, args, "cpu")]
         v0s.append([q[0] for q in values])
         if k == 0:
             mean = accuracies(rows, [q[1:].mean() for q in values])
@@ -170,7 +171,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--train", required=True, help="labelled rows to train on")
     p.add_argument("--valid", required=True, help="labelled rows on other prompts, to measure on")
-    p.add_argument("--shares", type=float, nargs="*", default=[0.25, 0.5], help="of training: a curve")
+    p.add_argument("--shares", type=float, nargs="*", default=[0.25], help="of training, too, seed 1")
     args = p.parse_args(argv)
     prepare(args.train, args.valid)
     stage("sft.py", "out/real/sft", "--model", "out/real/scratch", "--data", "out/real/train.jsonl",
