@@ -175,8 +175,8 @@ def lines_of(data):
     names = ["method", "last tenth", "fresh", "KL", "got to 80 % of PPO's gain", "in steps",
              "seconds per step", "models in memory", "parameters held", "trained"]
     lines += [*table(names, cells), "", "## Gold reward against KL", "",
-              f"Several KL coefficients (of DPO: beta), seed {', '.join(map(str, CURVE_SEEDS))}: gold reward at "
-              "KL.", "", "![gold reward against KL](comparators.png)", ""]
+              f"Several KL coefficients (of DPO: beta), seed {', '.join(map(str, CURVE_SEEDS))}: gold reward "
+              "at KL.", "", "![gold reward against KL](comparators.png)", ""]
     cells = []
     for method, points in data["curves"].items():
         pairs = zip(CURVES[method], points, strict=True)
