@@ -8,7 +8,7 @@ scored against GPT-4 Turbo by a judge (tatsu-lab/alpaca_eval; CC BY-NC 4.0, not 
 1. Prompts and answers are cut to their first tokens, so that all GVMs see the same and length says little.
 2. The trunk is a Llama from random weights, trained on packed conversations of one policy (sft.py --pack).
 3. GVMs with and without a tau train side by side for equal seconds; three policies are left out.
-4. Table 4 on unseen prompts, by the mean token value and by V(s_0 | tau), for one seed as a mean of 8 tau too.
+4. Table 4 on unseen prompts, by the mean token value and by V(s_0 | tau), for one seed the mean of 8 tau.
 
 Writes out/real/..., results/real_text.json and .md; what has been run is not run again.
 """
