@@ -8,7 +8,7 @@ scored against GPT-4 Turbo by a judge (tatsu-lab/alpaca_eval; CC BY-NC 4.0, not 
 1. Prompts and answers are cut to their first tokens, so that all GVMs see the same and length says little.
 2. The trunk is a Llama from random weights, trained on packed conversations of one policy (sft.py --pack).
 3. GVMs with and without a tau train side by side for equal seconds; three policies are left out.
-4. Table 4 on unseen prompts, by the mean token value and by V(s_0 | tau), for one seed the mean of 8 tau.
+4. Table 4 on unseen prompts, by the mean token value and by V(s_0 | tau).
 
 Writes out/real/..., results/real_text.json and .md; what has been run is not run again.
 """
@@ -29,7 +29,6 @@ from experiments.shared import commit, interval, machine, stage, table, two_at_a
 UNSEEN = "FuseChat-Llama-3.1-8B-Instruct", "jina-chat", "pythia-12b-mix-sft"    # good, middling, poor
 MIN_GAP = 0.1                                           # of the rewards of a pair
 PROMPT, RESPONSE = 40, 64                               # tokens that are left of each
-TAUS = 8                                                # for the averaged V(s_0 | tau)
 SCRATCH = "--vocab", 8192, "--layers", 4, "--width", 192, "--heads", 4, "--context", 640
 SFT = ("--pack", 2, "--tau-length", RESPONSE + 1, "--max-length", 576, "--batch-size", 8, "--lr", 2e-3,
        "--warmup-steps", 50, "--max-new-tokens", RESPONSE, "--grad-accum", 1)
@@ -98,25 +97,18 @@ def measure(job):
     model = common.load_model("out/real/sft/model", trainable=False).eval()
     meta = common.load_adapter(model, tok, f"{folder(*job)}/model", "python experiments/real_text.py")
     rows, args = train_gvm.Labelled(["out/real/valid.jsonl"]), argparse.Namespace(**meta)
-    v0s = []
-    for k in range(TAUS if (arm, seed, share) == ("tau", 1, 1) else 1):
-        taus = []
-        for i, row in enumerate(rows):
-            rng = np.random.default_rng([seed, k, i])
-            taus.append(rows.tau(row["policy"], row["prompt"], meta["tau_pairs"], rng))
-        read_ = rows if k == 0 else [dict(row, response="") for row in rows]        # V(s_0) needs none
-        values = [q for _, q in train_gvm.token_values(model, tok, read_, taus, args, "cpu")]
-        v0s.append([q[0] for q in values])
-        if k == 0:
-            mean = accuracies(rows, [q[1:].mean() for q in values])
+    taus = []
+    for i, row in enumerate(rows):
+        rng = np.random.default_rng([seed, i])
+        taus.append(rows.tau(row["policy"], row["prompt"], meta["tau_pairs"], rng))
+    values = [q for _, q in train_gvm.token_values(model, tok, rows, taus, args, "cpu")]
+    mean, v0 = accuracies(rows, [q[1:].mean() for q in values]), np.array([q[0] for q in values])
     seconds = rows_of(f"{folder(*job)}/metrics.jsonl")[-1]["seconds"]
     found = dict(arm=arm, seed=seed, share=share, seconds=seconds, mean=mean)
     if meta["tau_pairs"]:
-        found["v0"] = accuracies(rows, v0s[0])
-        if len(v0s) == TAUS:
-            found["v0_of_8"] = accuracies(rows, np.mean(v0s, 0))
+        found["v0"] = accuracies(rows, v0)
         rewards = [np.mean([rows[i]["reward"] for i in index]) for index in rows.by_policy.values()]
-        averages = [np.mean(np.mean(v0s, 0)[index]) for index in rows.by_policy.values()]
+        averages = [np.mean(v0[index]) for index in rows.by_policy.values()]
         found["v0_correlation"] = train_gvm.correlation(rewards, averages)
     return found
 
@@ -154,12 +146,12 @@ def report(jobs):
     lines += [*table(["yardstick", "all pairs", "left out"], cells), ""]
     cells = []
     for run in runs:
-        by = [f"{x:.3f}" for key in ("mean", "v0", "v0_of_8") for x in run.get(key, [])]
-        by += ["", ""] * (3 - len(by) // 2)
+        by = [f"{x:.3f}" for key in ("mean", "v0") for x in run.get(key, [])]
+        by += ["", ""] * (2 - len(by) // 2)
         follows = f"{run['v0_correlation']:.3f}" if "v0_correlation" in run else ""
         cells.append([run["arm"], run["seed"], run["share"], f"{run['seconds']:.0f}", *by, follows])
     names = ["GVM", "seed", "share", "seconds", "mean token value", "left out", "V(s_0) behind tau",
-             "left out", f"averaged over {TAUS} tau", "left out", "its correlation with mean rewards"]
+             "left out", "its correlation with mean rewards"]
     lines += [*table(names, cells), ""]
     whole = {(run["arm"], run["seed"]): run["mean"] for run in runs if run["share"] == 1}
     gains = np.array([np.subtract(whole["tau", seed], whole["no tau", seed]) for seed in SEEDS])
