@@ -165,7 +165,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--train", required=True, help="labelled rows to train on")
     p.add_argument("--valid", required=True, help="labelled rows on other prompts, to measure on")
-    p.add_argument("--shares", type=float, nargs="*", default=[0.25], help="of training, too, seed 1")
+    p.add_argument("--shares", type=float, nargs="*", default=[], help="of training, too, seed 1")
     args = p.parse_args(argv)
     prepare(args.train, args.valid)
     stage("sft.py", "out/real/sft", "--model", "out/real/scratch", "--data", "out/real/train.jsonl",

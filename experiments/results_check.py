@@ -288,10 +288,6 @@ def real_text():
     for name, (every, left_out) in data["yardsticks"].items():
         yield row(name, f"{every:.3f}", f"{left_out:.3f}")
     yield f"{data['sft']['heldout_loss']:.2f} nats per token"
-    for arm in "no tau", "tau":
-        runs = [run for run in data["runs"] if (run["arm"], run["seed"]) == (arm, 1)]
-        curve = {run["share"]: run["mean"][0] for run in runs}
-        yield row(f"{arm}, seed 1", *(f"{curve[share]:.3f}" for share in (0.25, 1)))
     correlation = np.mean([run["v0_correlation"] for run in whole.values() if "v0_correlation" in run])
     yield f"V(s_0 | tau) correlates {correlation:.2f} with"
 
