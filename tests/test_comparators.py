@@ -183,4 +183,4 @@ def test_gradient_does_not_depend_on_micro_batches(stage):
 def test_bad_input():
     world()
     refused(lambda: grpo.main([*RL, *GOLD, "--group-size", "5"]), "--group-size")
-    refused(lambda: remax.main([*RL, "--rm", "nowhere", "--out", path("no_rm")]), "ppo_baseline.py --rm-only")
+    refused(lambda: remax.main([*RL, "--rm", "nowhere", "--out", path("comparators/none")]), "ppo_baseline.py --rm-only")
