@@ -183,4 +183,5 @@ def test_gradient_does_not_depend_on_micro_batches(stage):
 def test_bad_input():
     world()
     refused(lambda: grpo.main([*RL, *GOLD, "--group-size", "5"]), "--group-size")
-    refused(lambda: remax.main([*RL, "--rm", "nowhere", "--out", path("comparators/none")]), "ppo_baseline.py --rm-only")
+    no_rm = *RL, "--rm", "nowhere", "--out", path("comparators/none")
+    refused(lambda: remax.main([*no_rm]), "ppo_baseline.py --rm-only")
