@@ -161,7 +161,7 @@ def lines_of(data):
              f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
              f"{', '.join(map(str, data['seeds']))}, {STEPS} steps of 64 trained rollouts (DPO: one pass "
              "over the pairs); mean and 95 % interval. Last tenth: of the steps; of DPO, fresh answers. "
-             "DPO's seconds leave out the reference's log-probs, one forward pass per pair beforehand.", ""]
+             "Other programs ran beside: tools/bench.py measures what a step costs.", ""]
     cells = []
     for method in LABELS:
         runs = data["runs"][method]
@@ -170,10 +170,9 @@ def lines_of(data):
         steps = interval([steps for steps, _ in there], 0) if there else ""
         count = "" if method == "dpo" else f"{len(there)} of {len(runs)}"
         cells.append([LABELS[method], *values, count, steps,
-                      f"{np.mean([r['seconds'] / r['steps'] for r in runs]):.2f}", runs[0]["models"],
-                      f"{runs[0]['parameters']:,}", f"{runs[0]['trainable']:,}"])
+                      runs[0]["models"], f"{runs[0]['parameters']:,}", f"{runs[0]['trainable']:,}"])
     names = ["method", "last tenth", "fresh", "KL", "got to 80 % of PPO's gain", "in steps",
-             "seconds per step", "models in memory", "parameters held", "trained"]
+             "models in memory", "parameters held", "trained"]
     lines += [*table(names, cells), "", "## Gold reward against KL", "",
               f"Several KL coefficients (of DPO: beta), seed {', '.join(map(str, CURVE_SEEDS))}: gold reward "
               "at KL.", "", "![gold reward against KL](comparators.png)", ""]
