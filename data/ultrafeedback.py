@@ -1,23 +1,20 @@
 """UltraFeedback, the paper's data (section 4.3): split by prompt into 30 % SFT, 50 % value (or reward)
 learning, 20 % RL.
 
-    python data/ultrafeedback.py   downloads openbmb/UltraFeedback at a pinned revision
+    python data/ultrafeedback.py                                downloads it at a pinned revision
     python data/ultrafeedback.py --raw FILE.jsonl [FILE ...]    from local copies of the raw files
-    python data/ultrafeedback.py --raw FILE.jsonl --binarized
-        from rows of HuggingFaceH4/ultrafeedback_binarized
+    python data/ultrafeedback.py --raw FILE.jsonl --binarized   rows of HuggingFaceH4/ultrafeedback_binarized
 
 Writes into data/ultrafeedback/, each with a _heldout twin:
 
     sft.jsonl       {prompt, response}                      the best completion of each prompt
-    gvm.jsonl       {prompt, response, reward, policy}      every completion; policy is the model that wrote
-    it, from which tau comes
+    gvm.jsonl       {prompt, response, reward, policy}      every completion; policy: the model that wrote it
     pairs.jsonl     {prompt, chosen, rejected, ...}         the best completion against one that scored lower
     prompts.jsonl   {prompt}
 
 The reward is the mean of the annotators' ratings (1 to 5; "N/A" does not count), moved to [-1, 1]. It is not
-overall_score, which
-once held 10 for 1 in 2,628 completions. Which part a prompt falls into depends on its text alone, so every
-run gives the same files.
+overall_score, which once held 10 for 1 in 2,628 completions. Which part a prompt falls into depends on its
+text alone, so every run gives the same files.
 """
 import argparse
 import collections
@@ -32,7 +29,7 @@ from tqdm import tqdm
 REPO, REVISION = "openbmb/UltraFeedback", "40b436560ca83a8dba36114c22ab3c66e43f6d5e"
 FILES = ("evol_instruct.jsonl", "false_qa.jsonl", "flan.jsonl", "sharegpt.jsonl", "truthful_qa.jsonl",
          "ultrachat.jsonl")
-PARTS = ("sft", 0.3), ("value", 0.8), ("rl", 1.0)  # upper bounds of the paper's 30 / 50 / 20
+PARTS = ("sft", 0.3), ("value", 0.8), ("rl", 1.0)       # upper bounds of the paper's 30 / 50 / 20
 HELDOUT = 0.02
 
 
@@ -49,7 +46,7 @@ def rating(completion):
     for annotation in (completion.get("annotations") or {}).values():
         try:
             numbers.append(float(annotation["Rating"]))
-        except (KeyError, TypeError, ValueError):  # "N/A", or an aspect without a rating
+        except (KeyError, TypeError, ValueError):       # "N/A", or an aspect without a rating
             pass
     numbers = [x for x in numbers if 1 <= x <= 5]
     if not numbers:
@@ -85,22 +82,31 @@ def binarized_rows(row, dropped):
 
 
 def pair(rows, prompt):
-    """Best completion against one that scored lower, picked by the prompt's hash; None where all are equal.
-    """
-    best = max(rows, key=lambda r: r["reward"])
-    worse = [r for r in rows if r["reward"] < best["reward"]]
+    """Best completion against one that scored lower, by the prompt's hash; None where all are equal."""
+    best = max(rows, key=lambda row: row["reward"])
+    worse = [row for row in rows if row["reward"] < best["reward"]]
     if not worse:
         return None
     other = worse[int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % len(worse)]
     out = dict(prompt=prompt, chosen=best["response"], rejected=other["response"])
-    return out | (dict(chosen_policy=best["policy"], rejected_policy=other["policy"])
-                  if "policy" in best else {})
+    if "policy" in best:
+        out |= dict(chosen_policy=best["policy"], rejected_policy=other["policy"])
+    return out
+
+
+def why_left_out(prompt, rows, seen):
+    """None: it stays."""
+    if not prompt.strip():
+        return "empty prompts"
+    if prompt in seen:
+        return "repeated prompts"
+    return "prompts with fewer than two completions" if len(rows) < 2 else None
 
 
 def lines(paths):
     for path in paths:
-        with open(path, "rb") as f, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True,
-                                         desc=os.path.basename(path)) as bar:
+        size = dict(total=os.path.getsize(path), unit="B", unit_scale=True)
+        with open(path, "rb") as f, tqdm(desc=os.path.basename(path), **size) as bar:
             for number, line in enumerate(f, 1):
                 bar.update(len(line))
                 if line.strip():
@@ -116,6 +122,9 @@ def make(paths, out, binarized=False):
     names = [name + twin for name in ("sft", "gvm", "pairs", "prompts") for twin in ("", "_heldout")]
     files = {name: open(os.path.join(out, name + ".jsonl.tmp"), "w") for name in names}
     count, dropped, seen = collections.Counter({name: 0 for name in names}), collections.Counter(), set()
+    rows_of, kind = raw_rows, "UltraFeedback"
+    if binarized:
+        rows_of, kind = binarized_rows, "ultrafeedback_binarized"
 
     def write(name, row):
         files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -123,27 +132,23 @@ def make(paths, out, binarized=False):
 
     for path, number, row in lines(paths):
         try:
-            prompt, rows = (binarized_rows if binarized else raw_rows)(row, dropped)
+            prompt, rows = rows_of(row, dropped)
         except (KeyError, TypeError, IndexError, AttributeError) as e:
-            sys.exit(
-                f"error: {path}:{number}: not a row of "
-                f"{'ultrafeedback_binarized' if binarized else 'UltraFeedback'} ({e!r})"
-            )
-        if not prompt.strip() or prompt in seen or len(rows) < 2:
-            dropped["empty prompts" if not prompt.strip() else "repeated prompts" if prompt in
-                    seen else "prompts with fewer than two completions"] += 1
+            sys.exit(f"error: {path}:{number}: not a row of {kind} ({e!r})")
+        if why := why_left_out(prompt, rows, seen):
+            dropped[why] += 1
             continue
         seen.add(prompt)
         part, heldout = place(prompt)
         twin = "_heldout" if heldout else ""
         if part == "sft":
-            best = max(rows, key=lambda r: r["reward"])
+            best = max(rows, key=lambda row: row["reward"])
             write("sft" + twin, dict(prompt=prompt, response=best["response"]))
         elif part == "rl":
             write("prompts" + twin, dict(prompt=prompt))
         else:
-            for r in rows:
-                write("gvm" + twin, r)
+            for row in rows:
+                write("gvm" + twin, row)
             chosen = pair(rows, prompt)
             if chosen is None:
                 dropped["pairs whose ratings are all equal"] += 1
@@ -174,10 +179,8 @@ def main(argv=None):
         try:
             args.raw = [hf_hub_download(REPO, name, repo_type="dataset", revision=REVISION) for name in FILES]
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-            sys.exit(
-                f"error: {REPO} cannot be downloaded ({type(e).__name__}); give local copies of "
-                f"{', '.join(FILES)} with --raw"
-            )
+            sys.exit(f"error: {REPO} cannot be downloaded ({type(e).__name__}); give local copies of "
+                     f"{', '.join(FILES)} with --raw")
     count, dropped = make(args.raw, args.out, args.binarized)
     print("\n".join(f"{args.out}/{name}.jsonl: {n:,} rows" for name, n in count.items()))
     print("dropped: " + (", ".join(f"{n:,} {what}" for what, n in dropped.items()) or "nothing"))

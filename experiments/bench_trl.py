@@ -55,7 +55,7 @@ class Turns(TrainerCallback):
             with open(f"{folder}/{method}.turn") as f:
                 if int("0" + f.read()) > self.done:
                     break
-            time.sleep(0.002)
+            time.sleep(0.1)
         self.begin = time.perf_counter()
 
 

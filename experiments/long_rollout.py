@@ -46,6 +46,17 @@ def rollout(static, rows, new, layers, width):
     return dict(seconds=seconds, held=held, planned=rows * (PROMPT + new) * 2 * layers * width * 4 / 2**20)
 
 
+def window_means(runs, new):
+    """Rows of the table: tokens, then ms per token and MB of each way."""
+    rows = []
+    for end in [*range(WINDOW, new, max(1, new // WINDOW // 4) * WINDOW), new]:
+        values = [(1000 * np.mean(run["seconds"][end - WINDOW:end]), run["held"][min(end, new - 1) - 1])
+                  for run in runs.values()]
+        rows.append([f"{end - WINDOW} to {end}", *(cell for ms, mb in values
+                                                   for cell in (f"{ms:.0f}", f"{mb:,.0f}"))])
+    return rows
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("--rows", type=int, default=8, help="responses side by side")
@@ -59,22 +70,14 @@ def main():
             runs[name] = pool.submit(rollout, static, args.rows, args.new, args.layers, args.width).result()
     data = dict(command="python experiments/long_rollout.py", commit=commit(), runs=runs,
                 machine=machine(f"{torch.get_num_threads()} threads"), **vars(args))
-    lines = ["# A long rollout", "",
-             f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. GPT-2 of "
-             f"{args.layers} layers and width {args.width}, {args.rows} rows, {PROMPT} prompt tokens, "
-             f"{args.new} new ones, fp32. Mean over {WINDOW} tokens; MB: resident, above the model alone. "
-             f"The cache is planned to hold {runs['growing cache']['planned']:,.0f} MB at the end.", ""]
-    cells = []
-    for end in range(WINDOW, args.new, max(1, args.new // WINDOW // 4) * WINDOW):
-        row = [f"{end - WINDOW} to {end}"]
-        for run in runs.values():
-            row += [f"{1000 * np.mean(run['seconds'][end - WINDOW:end]):.1f}", f"{run['held'][end - 1]:,.0f}"]
-        cells.append(row)
-    last = [f"{args.new - WINDOW} to {args.new}"]
-    for run in runs.values():
-        last += [f"{1000 * np.mean(run['seconds'][-WINDOW:]):.1f}", f"{run['held'][-1]:,.0f}"]
     names = [f"{name}, {what}" for name in runs for what in ("ms per token", "MB")]
-    write_results("long_rollout", data, lines + table(["tokens", *names], [*cells, last]))
+    write_results("long_rollout", data, [
+        "# A long rollout", "",
+        f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. GPT-2 of "
+        f"{args.layers} layers and width {args.width}, {args.rows} rows, {PROMPT} prompt tokens, {args.new} "
+        f"new ones, fp32. Mean over {WINDOW} tokens; MB: resident, above the model alone. The cache is "
+        f"planned to hold {runs['growing cache']['planned']:,.0f} MB at the end.", "",
+        *table(["tokens", *names], window_means(runs, args.new))])
 
 
 if __name__ == "__main__":

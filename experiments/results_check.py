@@ -17,7 +17,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from experiments.ablate import GVMS
+from experiments.long_rollout import window_means
 from experiments.shared import interval
+from experiments.side_by_side import LABELS
 
 NOT_KEPT = "# Numbers whose runs are not kept"          # the last section of results/README.md has no files
 KNOWN = [                                               # numbers that results/ does not hold
@@ -319,13 +321,36 @@ def cost():
         small = steps["14M, 16 rows, 32 + 64 tokens" + part]["measured"]
         cells = []
         for name in "ppo", "dvpo":
-            time_to_trl = small[name]["sec_step"] / small["trl"]["sec_step"]
-            memory_to_trl = small[name]["peak"] / small["trl"]["peak"]
+            time_to_trl = small[name]["sec_step"] / small["trl_ppo"]["sec_step"]
+            memory_to_trl = small[name]["peak"] / small["trl_ppo"]["peak"]
             cells.append(f"{time_to_trl:.2f} and {memory_to_trl:.2f}")
         yield row(label, *cells)
     mixed = steps["124M, 8 rows, 64 + 128 tokens at most"]["measured"]
     dvpo, lora = (mixed[name]["sec_step"] / mixed["ppo"]["sec_step"] for name in ("dvpo", "lora"))
     yield f"leave DVPO {dvpo:.3f} of PPO's time, `--lora` {lora:.3f}"
+
+
+def cost_of_comparators():
+    steps = read("bench_cpu.json")["steps"]
+    labels = LABELS | dict(lora="DVPO `--lora`")
+    part = steps["14M, 16 rows, 32 + 64 tokens; comparators"]
+    runs, counted = part["measured"], part["predicted"]
+    for name, trl in dict(ppo="", dvpo="", lora="", grpo="trl_grpo", remax="", dpo="trl_dpo").items():
+        run, beside = runs[name], ""
+        if trl:
+            ratios = [run[key] / runs[trl][key] for key in ("sec_step", "peak")]
+            beside = "{:.2f} and {:.2f}".format(*ratios)
+        of_ppo = run["sec_step"] / runs["ppo"]["sec_step"], counted[name]["step"] / counted["ppo"]["step"]
+        ratios = ["", ""] if name == "ppo" else [f"{ratio:.3f}" for ratio in of_ppo]
+        yield row(labels[name], f"{run['sec_step']:.1f}", *ratios, f"{run['peak'] / 2**20:,.0f}", beside)
+    big = steps["124M, 4 rows, 64 + 128 tokens; comparators"]["measured"]
+    ratios = [f"{big[name]['sec_step'] / big['ppo']['sec_step']:.3f} of PPO's for {labels[name]}"
+              for name in ("dvpo", "grpo", "remax", "dpo")]
+    yield ", ".join(ratios)
+    share = [run["planned"] / run["peak"] for run in big.values()]
+    small = [run["planned"] / run["peak"] for run in runs.values() if "planned" in run]
+    yield (f"plans {min(share):.2f} to {max(share):.2f} of the peak at 124M, {min(small):.2f} to "
+           f"{max(small):.2f} at 14M")
 
 
 def cost_of_parts():
@@ -339,6 +364,19 @@ def cost_of_parts():
     worst = max(abs(run["planned"] / run["peak"] - 1) for run in measured)
     yield f"is within {100 * worst:.0f} % of the peak"
     yield f"stayed within {100 * worst:.0f} % of the measured peak"
+
+
+def long_rollout():
+    data = read("long_rollout.json")
+    for cells in window_means(data["runs"], data["new"]):
+        yield row(*cells)
+    growing, static = data["runs"].values()
+    yield f"planned to hold {growing['planned']:.0f} MB"
+    yield f"{sum(static['seconds']):.0f} seconds for the whole rollout, against {sum(growing['seconds']):.0f}"
+    last, first = (np.mean(growing["seconds"][part]) for part in (slice(-64, None), slice(64)))
+    yield f"the last tokens take {last / first:.1f} times as long as the first"
+    last, first = (np.mean(static["seconds"][part]) for part in (slice(-64, None), slice(64)))
+    yield f"they take {last / first:.1f} times as long"
 
 
 def plans():
@@ -369,7 +407,8 @@ def soak():
 
 
 CLAIMS = (demo, embedded_world, gvm_cost, comparators, earlier_draws, gvm, without_tau, last_update, lr_decay,
-          exact_values, head, ablations, theorem, real_text, cost, cost_of_parts, plans, soak)
+          exact_values, head, ablations, theorem, real_text, cost, cost_of_comparators, cost_of_parts,
+          long_rollout, plans, soak)
 
 
 def pages():

@@ -3,10 +3,11 @@
     python data/toy.py && python experiments/soak.py                     about half an hour on two cores
     python experiments/soak.py --kills 0 --steps 0 --rank                only one part
 
-1. Every stage runs once undisturbed, then again, killed with SIGKILL at random moments, from the
-   imports to the saving, and resumed until it is through: metrics and
-   weights must come out bit for bit the same.  2. One rank of two is killed: the other must end, and soon.
-   3. A long DVPO run: memory, files.
+1. Every stage runs once undisturbed, then again, killed with SIGKILL at random moments, from the imports to
+   the saving, and resumed until it is through: metrics and weights must come out bit for bit the same.
+2. One rank of two is killed: the other must end, and soon.
+3. A long DVPO run: memory, files.
+
 Writes results/soak.json and results/soak.md.
 """
 import argparse
@@ -25,7 +26,8 @@ import numpy as np
 import psutil
 from safetensors.torch import load_file
 
-from experiments.shared import machine, write_results
+from common import Help
+from experiments.shared import machine, table, write_results
 
 ROOT = "out/soak"
 STAGES = {
@@ -53,74 +55,80 @@ def finish(out, argv):
 def rows(out):
     """Metrics without the clock; a line that the kill cut short does not count."""
     path = os.path.join(out, "metrics.jsonl")
-    lines = open(path).read().split("\n")[:-1] if os.path.exists(path) else []
-    return [{k: v
-             for k, v in json.loads(line).items() if not k.startswith("sec") and k != "peak_bytes"}
-            for line in lines]
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        found = [json.loads(line) for line in f if line.endswith("\n")]
+    clock = ("sec", "peak_bytes")
+    return [{key: x for key, x in row.items() if not key.startswith(clock)} for row in found]
 
 
-def kills(n, seed):
-    """-> a list of {stage, kills, lost steps, equal}."""
-    draw, found = random.Random(seed), []
-    for i, (stage, argv) in enumerate(STAGES.items()):
-        straight, again, argv = f"{ROOT}/straight/{stage}", f"{ROOT}/killed/{stage}", [
-            *argv, "--save-every", "5", "--zero", "1"
-        ]
-        begin = time.time()
-        finish(straight, argv)
-        whole, lost, done, equal = time.time() - begin, [], 0, []
+def weights(out):
+    return {name: w for path in sorted(glob.glob(f"{out}/model/*.safetensors"))
+            for name, w in load_file(path).items()}
 
-        def look(straight=straight, again=again, argv=argv, equal=equal):
-            """Let it come to its end, compare, and make room for another run."""
-            finish(again, [*argv, "--resume"])
-            weights = [{
-                k: v
-                for f in sorted(glob.glob(f"{out}/model/*.safetensors"))
-                for k, v in load_file(f).items()
-            } for out in (straight, again)]
-            equal.append(
-                rows(again) == rows(straight) and all(
-                    (weights[0][k] == weights[1][k]).all().item() for k in weights[0]))
-            os.rename(again, f"{again}_{len(equal)}")
 
-        while done < n // len(STAGES) + (i < n % len(STAGES)):
-            process = start(again, [*argv, "--resume"])
-            time.sleep(draw.uniform(0.2, 1.0) * whole)
-            if process.poll() is not None:  # it got through before it was hit
-                look()
-                continue
-            os.killpg(process.pid, 9)
-            process.wait()
-            done += 1
-            saved = [
-                int(os.path.basename(p)[5:]) for p in glob.glob(f"{again}/checkpoint/step_*")
-                if p[-1].isdigit()
-            ]
-            lost.append(max(0, len(rows(again)) - max(saved, default=0)))
-            print(f"{stage}: kill {done}, {len(rows(again))} steps done, {lost[-1]} to do again", flush=True)
-            if len(rows(again)) == len(rows(straight)):  # nothing is left to lose
-                look()
-        if os.path.exists(again):
-            look()
-        found.append(
-            dict(stage=stage, kills=done, runs=len(equal), steps=len(rows(straight)), lost=lost,
-                 equal=all(equal)))
-    return found
+def equal_runs(a, b):
+    old, new = weights(a), weights(b)
+    return rows(a) == rows(b) and old.keys() == new.keys() and all(old[k].equal(new[k]) for k in old)
+
+
+def last_checkpoint(out):
+    steps = [path.rsplit("_", 1)[1] for path in glob.glob(f"{out}/checkpoint/step_*")]
+    return max([int(step) for step in steps if step.isdigit()], default=0)
+
+
+def kill_stage(stage, argv, kills, draw):
+    """-> {stage, kills, lost: steps to do again after each, equal: to an undisturbed run}."""
+    straight, again = f"{ROOT}/straight/{stage}", f"{ROOT}/killed/{stage}"
+    argv = [*argv, "--save-every", "5", "--zero", "1"]
+    begin = time.time()
+    finish(straight, argv)
+    whole, lost, equal = time.time() - begin, [], []
+
+    def finish_and_compare():
+        """Resume to the end, compare, and make room for another run."""
+        finish(again, [*argv, "--resume"])
+        equal.append(equal_runs(straight, again))
+        os.rename(again, f"{again}_{len(equal)}")
+
+    while len(lost) < kills:
+        process = start(again, [*argv, "--resume"])
+        time.sleep(draw.uniform(0.2, 1.0) * whole)
+        if process.poll() is not None:                  # it got through before it was hit
+            finish_and_compare()
+            continue
+        os.killpg(process.pid, 9)
+        process.wait()
+        done = len(rows(again))
+        lost.append(max(0, done - last_checkpoint(again)))
+        print(f"{stage}: kill {len(lost)}, {done} steps done, {lost[-1]} to do again", flush=True)
+        if done == len(rows(straight)):                 # nothing is left to lose
+            finish_and_compare()
+    if os.path.exists(again):
+        finish_and_compare()
+    return dict(stage=stage, kills=kills, runs=len(equal), steps=len(rows(straight)), lost=lost,
+                equal=all(equal))
+
+
+def kill_stages(n, seed):
+    draw, share = random.Random(seed), len(STAGES)
+    return [kill_stage(stage, argv, n // share + (i < n % share), draw)
+            for i, (stage, argv) in enumerate(STAGES.items())]
 
 
 def one_rank_of_two():
     """Kill one of two ranks in the middle of a run -> seconds until the other and the launcher are gone, its
     exit code, the last lines of its log."""
     out = f"{ROOT}/rank"
-    process = start(out, [*STAGES["dvpo"][:-1], "100000"],
-                    ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-                     "--rdzv-endpoint", "localhost:0"))
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0")
+    process = start(out, [*STAGES["dvpo"][:-1], "100000"], torchrun)
     while len(rows(out)) < 3:
         time.sleep(0.2)
         assert process.poll() is None, out + ".log"
-    family = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if "dvpo.py" in " ".join(p.cmdline())
-    ]
+    family = [p for p in psutil.Process(process.pid).children(recursive=True)
+              if "dvpo.py" in " ".join(p.cmdline())]
     family[-1].kill()
     begin = time.time()
     code = process.wait(timeout=300)
@@ -132,8 +140,8 @@ def one_rank_of_two():
 
 
 def long_run(steps):
-    """-> RSS every two seconds, its slope over the last three quarters, and what lies in the folder at the
-    end."""
+    """-> resident memory over the last three quarters and its slope, what lies in the folder at the end, and
+    the gold reward."""
     out = f"{ROOT}/long"
     process, seen = start(out, [*STAGES["dvpo"][:-1], str(steps)]), []
     while process.poll() is None:
@@ -143,67 +151,54 @@ def long_run(steps):
         except psutil.NoSuchProcess:
             break
     assert process.wait() == 0, out + ".log"
-    late = [(s, m) for s, m in seen if steps // 4 <= s < steps]
-    slope = float(np.polyfit(*zip(*late, strict=False), 1)[0]) * 1024
-    files = [p for p in glob.glob(f"{out}/**", recursive=True) if os.path.isfile(p)]
-    gold = [r["gold"] for r in rows(out)]
-    return dict(steps=len(rows(out)), slope_kb_per_step=slope, first_mb=late[0][1], last_mb=late[-1][1],
+    late = [(step, mb) for step, mb in seen if steps // 4 <= step < steps]
+    slope = float(np.polyfit(*zip(*late, strict=True), 1)[0]) * 1024
+    files = [path for path in glob.glob(f"{out}/**", recursive=True) if os.path.isfile(path)]
+    gold = [row["gold"] for row in rows(out)]
+    lowest = np.convolve(gold[200:], np.ones(200) / 200, "valid").min()
+    return dict(steps=len(gold), slope_kb_per_step=slope, first_mb=late[0][1], last_mb=late[-1][1],
                 files=len(files), mb_on_disk=sum(map(os.path.getsize, files)) / 2**20,
                 metrics_kb=os.path.getsize(f"{out}/metrics.jsonl") / 1024,
                 log_kb=os.path.getsize(out + ".log") / 1024, gold_first=float(np.mean(gold[:50])),
-                gold_last=float(np.mean(gold[-200:])),
-                lowest_of_200=float(np.convolve(gold[200:],
-                                                np.ones(200) / 200, "valid").min()))
+                gold_last=float(np.mean(gold[-200:])), lowest_of_200=float(lowest))
 
 
 def report(data):
     lines = ["# Soak", "", f"Command: `{data['command']}`. Machine: {data['machine']}."]
     if "kills" in data:
-        lines += [
-            "",
-            f"## {sum(r['kills'] for r in data['kills'])} kills with SIGKILL at random moments, "
-            "--save-every 5, ZeRO-1",
-            "",
-            "| stage | steps | runs | kills | steps to do again, each kill | metrics and weights equal to "
-            "an undisturbed run, bit for bit |",
-            "|---|---|---|---|---|---|"
-        ]
-        lines += [
-            f"| {r['stage']} | {r['steps']} | {r['runs']} | {r['kills']} | {' '.join(map(str, r['lost']))} "
-            f"| {'yes' if r['equal'] else 'NO'} |"
-            for r in data["kills"]
-        ]
+        kills = sum(stage["kills"] for stage in data["kills"])
+        cells = [[stage["stage"], stage["steps"], stage["runs"], stage["kills"],
+                  " ".join(map(str, stage["lost"])), "yes" if stage["equal"] else "NO"]
+                 for stage in data["kills"]]
+        lines += ["", f"## {kills} kills with SIGKILL at random moments, --save-every 5, ZeRO-1", "",
+                  *table(["stage", "steps", "runs", "kills", "steps to do again, each kill",
+                          "metrics and weights equal to an undisturbed run, bit for bit"], cells)]
     if "rank" in data:
         r = data["rank"]
-        lines += [
-            "", "## One rank of two killed", "",
-            f"The launcher ended {r['seconds']} s later with exit code {r['exit_code']}; processes left: "
-            f"{r['left_alive']}. It said: `{' / '.join(r['said'])}`"
-        ]
+        lines += ["", "## One rank of two killed", "",
+                  f"The launcher ended {r['seconds']} s later with exit code {r['exit_code']}; processes "
+                  f"left: {r['left_alive']}. It said: `{' / '.join(r['said'])}`"]
     if "long" in data:
         r = data["long"]
-        lines += [
-            "", f"## {r['steps']:,} steps of dvpo.py, --model tiny", "",
-            f"Resident memory over the last three quarters: {r['first_mb']:.1f} MB to {r['last_mb']:.1f} "
-            f"MB, slope {r['slope_kb_per_step']:.3f} kB a step. On disk {r['files']} files, "
-            f"{r['mb_on_disk']:.1f} MB, of it "
-            f"metrics.jsonl {r['metrics_kb']:.0f} kB; console log {r['log_kb']:.0f} kB. Gold reward: "
-            f"{r['gold_first']:.3f} over the first 50 steps, {r['gold_last']:.3f} over the last 200, lowest "
-            "mean of 200 steps in a row after "
-            f"the first 200: {r['lowest_of_200']:.3f}."
-        ]
+        lines += ["", f"## {r['steps']:,} steps of dvpo.py, --model tiny", "",
+                  f"Resident memory over the last three quarters: {r['first_mb']:.1f} MB to "
+                  f"{r['last_mb']:.1f} MB, slope {r['slope_kb_per_step']:.3f} kB a step. On disk "
+                  f"{r['files']} files, {r['mb_on_disk']:.1f} MB, of it metrics.jsonl {r['metrics_kb']:.0f} "
+                  f"kB; console log {r['log_kb']:.0f} kB. Gold reward: {r['gold_first']:.3f} over the first "
+                  f"50 steps, {r['gold_last']:.3f} over the last 200, lowest mean of 200 steps in a row "
+                  f"after the first 200: {r['lowest_of_200']:.3f}."]
     write_results("soak", data, lines)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=25, help="over all stages (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=2000, help="of the long run (default: %(default)s)")
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p.add_argument("--kills", type=int, default=25, help="over all stages")
+    p.add_argument("--steps", type=int, default=2000, help="of the long run; 0, or at least 500")
     p.add_argument("--rank", action=argparse.BooleanOptionalAction, default=True, help="kill one rank of two")
-    p.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
-    args = p.parse_args(argv)
+    p.add_argument("--seed", type=int, default=1, help="of the moments")
+    args = p.parse_args()
     if 0 < args.steps < 500:
-        sys.exit("error: --steps: 0, or at least 500")
+        p.error("--steps: 0, or at least 500")
     for part in ("straight", "killed", "rank", "long"):
         shutil.rmtree(f"{ROOT}/{part}", ignore_errors=True)
     data = dict(command=" ".join(["python data/toy.py && python experiments/soak.py", *sys.argv[1:]]),
@@ -212,7 +207,7 @@ def main(argv=None):
         finish(f"{ROOT}/base/sft", ["sft.py"])
         finish(f"{ROOT}/base/gvm", ["train_gvm.py", "--init-from", f"{ROOT}/base/sft/model"])
     if args.kills:
-        data["kills"] = kills(args.kills, args.seed)
+        data["kills"] = kill_stages(args.kills, args.seed)
     if args.rank:
         data["rank"] = one_rank_of_two()
     if args.steps:

@@ -30,7 +30,7 @@ PROMPT = "review the soup and the staff ."
 
 
 def close(a, b, tol=1e-6):
-    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
     assert a.shape == b.shape and (a - b).abs().max() <= tol, (a, b)
 
 
@@ -54,14 +54,11 @@ def tiny_llama(seed=0):
 
 def example_frame(tok, pad_left=0):
     prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
-    responses = [
-        common.encode_response(tok, r)
-        for r in ("the soup was great . the staff was rude .", "the wine was cold .")
-    ]
+    said = "the soup was great . the staff was rude .", "the wine was cold ."
+    responses = [common.encode_response(tok, text) for text in said]
     ids, attn, mask = common.frame(prompts, responses)
-    F = torch.nn.functional
-    return prompts, responses, F.pad(ids, (pad_left, 0), value=tok.pad_token_id), F.pad(attn,
-                                                                                        (pad_left, 0)), mask
+    pad, sides = torch.nn.functional.pad, (pad_left, 0)
+    return prompts, responses, pad(ids, sides, value=tok.pad_token_id), pad(attn, sides), mask
 
 
 def mask_and_first(mask):
@@ -126,11 +123,14 @@ RL = ("--init-from", path("sft/model"), "--data", path("toy/prompts.jsonl"), "--
 def weights(folder):
     from safetensors.torch import load_file
 
-    return {
-        k: v
-        for f in sorted(glob.glob(os.path.join(folder, "*.safetensors")))
-        for k, v in load_file(f).items()
-    }
+    files = sorted(glob.glob(os.path.join(folder, "*.safetensors")))
+    return {name: w for file in files for name, w in load_file(file).items()}
+
+
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
 
 
 def quirky_tokenizer(kind, **more):
@@ -139,23 +139,21 @@ def quirky_tokenizer(kind, **more):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"
-               ] if kind == "llama" else ["<unk>", "<s>", "</s>"]
-    bos, eos = special[:2] if kind == "llama" else special[1:]
-    core = Tokenizer(models.BPE(unk_token=None if kind == "llama" else "<unk>"))
+    if kind == "llama":
+        bos, eos, unk, template = "<|begin_of_text|>", "<|end_of_text|>", None, None
+        special = [bos, eos, "<|reserved_special_token_0|>"]
+    else:
+        bos, eos, unk, template = "<s>", "</s>", "<unk>", MISTRAL_TEMPLATE
+        special = [unk, bos, eos]
+    core = Tokenizer(models.BPE(unk_token=unk))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator([" ".join(toy.WORDS)] * 9,
-                             trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
-                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator([" ".join(toy.WORDS)] * 9, trainer)
     core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
                                                         special_tokens=[(bos, core.token_to_id(bos))])
-    template = (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}") if kind == "mistral" else None
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos,
-                                   unk_token=None if kind == "llama" else "<unk>", chat_template=template,
-                                   **more)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, unk_token=unk,
+                                   chat_template=template, **more)
 
 
 def quirky_model(kind):
@@ -169,12 +167,11 @@ def quirky_model(kind):
             vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
             bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind == "llama")
-        if kind == "mistral":  # sampling settings of its own, which must not sneak in
-            model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+        if kind == "mistral":                           # sampling settings that must not sneak in
             model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
-        else:
-            model = AutoModelForCausalLM.from_config(config)
-        model.save_pretrained(path(kind)), tok.save_pretrained(path(kind))
+        model.save_pretrained(path(kind))
+        tok.save_pretrained(path(kind))
     return path(kind)
 
 
@@ -190,12 +187,10 @@ def refused(f, *words):
             raise AssertionError("not refused")
         except SystemExit as e:
             assert e.code == 2
-    lines = [
-        line for line in err.getvalue().replace("\r", "\n").splitlines()
-        if line.strip() and "it/s]" not in line
-    ]  # bars aside
-    assert len(lines) == 1 + ("left out" in lines[0]) and all(
-        any(w in line for line in lines) for w in words), lines
+    lines = [line for line in err.getvalue().replace("\r", "\n").splitlines()
+             if line.strip() and "it/s]" not in line]               # bars aside
+    assert len(lines) == 1 + ("left out" in lines[0]), lines
+    assert all(any(word in line for line in lines) for word in words), lines
 
 
 def resume_cases(zero):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from helpers import PROMPT, close, example_frame, mask_and_first, tiny_gpt2, tiny_llama
 
@@ -12,20 +13,20 @@ def test_frame_positions_against_a_slow_loop():
         model.add_head("v")
         torch.nn.init.normal_(model.heads["v"].weight, std=0.1)
         prompts, responses, ids, attn, mask = example_frame(tok)
+
+        def value_of(text, model=model):
+            hidden = model.lm.base_model(torch.tensor([text])).last_hidden_state[0, -1]
+            return model.heads["v"](hidden)[0]
+
         with torch.no_grad():
-            logp, value = model(ids, attn, mask.shape[1],
-                                temperature=0.7), model(ids, attn, mask.shape[1], head="v")
-            for b, (p, r) in enumerate(zip(prompts, responses, strict=False)):
-                for t in range(len(r)):
-                    before = torch.tensor([p + r[:t]])  # logp[t] is read before a_t ...
-                    want = (model.lm(before).logits[0, -1] / 0.7).log_softmax(-1)[r[t]]
-                    close(logp[b, t], want, 1e-5)
-                    after = torch.tensor([p + r[:t + 1]])  # ... and Q[t] after it
-                    hidden = model.lm.base_model(after).last_hidden_state[0, -1]
-                    close(value[b, t + 1], model.heads["v"](hidden)[0], 1e-5)
-                close(value[b, 0],
-                      model.heads["v"](model.lm.base_model(torch.tensor([p])).last_hidden_state[0,
-                                                                                                -1])[0], 1e-5)
+            logp = model(ids, attn, mask.shape[1], temperature=0.7)
+            value = model(ids, attn, mask.shape[1], head="v")
+            for b, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+                close(value[b, 0], value_of(p), 1e-5)
+                for t in range(len(r)):                 # logp[t] is read before a_t, and Q[t] after it
+                    logits = model.lm(torch.tensor([p + r[:t]])).logits[0, -1]
+                    close(logp[b, t], (logits / 0.7).log_softmax(-1)[r[t]], 1e-5)
+                    close(value[b, t + 1], value_of(p + r[:t + 1]), 1e-5)
         assert mask.sum(1).tolist() == [len(r) for r in responses]
 
 
@@ -51,15 +52,16 @@ def test_a_prefix_read_once_is_a_prefix_read_with_every_row():
         prompts, responses, ids, attn, mask = example_frame(tok)
         prefix = prompts[1] + responses[1]
         long = common.frame([prefix + p for p in prompts], responses)
+        T, states = mask.shape[1], mask_and_first(mask)
         with torch.no_grad():
+            want = model(*long[:2], T, "gvm", head="gvm")
             tau = common.read_prefix(model, prefix, "gvm", "gvm", "cpu")
             for _ in range(2):
-                close(
-                    model(ids, attn, mask.shape[1], "gvm", head="gvm", cache=tau(2))[mask_and_first(mask)],
-                    model(*long[:2], mask.shape[1], "gvm", head="gvm")[mask_and_first(mask)], 1e-5)
+                got = model(ids, attn, T, "gvm", head="gvm", cache=tau(2))
+                close(got[states], want[states], 1e-5)
             assert common.read_prefix(model, [], "gvm", "gvm", "cpu") is None
-        assert (model(ids, attn, mask.shape[1], "gvm", head="gvm") -
-                model(*long[:2], mask.shape[1], "gvm", head="gvm")).abs().max() > 1e-3  # it does matter
+            alone = model(ids, attn, T, "gvm", head="gvm")
+            assert (alone - want).abs().max() > 1e-3    # it does matter
 
 
 def test_eos_is_trained_although_it_may_be_the_filler():
@@ -93,26 +95,23 @@ def test_bos_once_and_behind():
     assert common.prepend_tau(tok, [(p, r)], p, 1000, 99)[0] == list(chat)      # the template's own
 
 
-def test_chunked_logp_equals_plain():
+@pytest.mark.parametrize("chunk, temperature, dtype, bound", [
+    (4, 0.7, torch.float32, 1e-5), (99, 0.7, torch.float32, 1e-5), (99, 1.0, torch.float32, 1e-6),
+    (99, 0.7, torch.bfloat16, 3e-2), (4, 1.0, torch.bfloat16, 3e-2)])
+def test_chunked_logp_equals_plain(monkeypatch, chunk, temperature, dtype, bound):
     """Values and gradients, in chunks and in one piece, fp32 and bf16, against a plain log-softmax."""
+    monkeypatch.setattr(common, "CHUNK", chunk)
     torch.manual_seed(0)
-    h, y, head, weight, real = torch.randn(18, 8,
-                                           requires_grad=True), torch.randint(0, 11, (18, )), torch.nn.Linear(
-                                               8, 11), torch.randn(18), common.CHUNK
-    for common.CHUNK, temperature, dtype, bound in (4, 0.7, torch.float32,
-                                                    1e-5), (99, 0.7, torch.float32,
-                                                            1e-5), (99, 1.0, torch.float32,
-                                                                    1e-6), (99, 0.7, torch.bfloat16,
-                                                                            3e-2), (4, 1.0, torch.bfloat16,
-                                                                                    3e-2):
-        head, x = head.to(dtype), h.to(dtype)
-        out = common.token_logp(x, y, head, temperature)
-        want = (head(x).float() / temperature).log_softmax(-1).gather(-1, y[..., None]).squeeze(-1)
-        close(out.detach(), want.detach(), bound)
-        for g, g2 in zip(*(torch.autograd.grad((values * weight).sum(), (h, head.weight, head.bias))
-                           for values in (out, want)), strict=False):
-            close(g.float() / g2.float().abs().max(), g2.float() / g2.float().abs().max(), bound)
-    common.CHUNK = real
+    h, y, weight = torch.randn(18, 8, requires_grad=True), torch.randint(0, 11, (18,)), torch.randn(18)
+    head, x = torch.nn.Linear(8, 11).to(dtype), h.to(dtype)
+    out = common.token_logp(x, y, head, temperature)
+    want = (head(x).float() / temperature).log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    close(out, want, bound)
+    gradients = [torch.autograd.grad((values * weight).sum(), (h, head.weight, head.bias))
+                 for values in (out, want)]
+    for a, b in zip(*gradients, strict=True):
+        largest = b.float().abs().max()
+        close(a.float() / largest, b.float() / largest, bound)
 
 
 def test_the_head_sees_no_padding():
@@ -128,11 +127,10 @@ def test_the_head_sees_no_padding():
 
 def test_by_length():
     attn = torch.tensor([[1] * n + [0] * (9 - n) for n in (5, 9, 2, 7, 3, 1)])
-    assert common.sort_by_length(torch.arange(6), attn, 3).tolist() == [2, 0, 1, 5, 4,
-                                                                        3]  # each three by themselves
+    assert common.sort_by_length(torch.arange(6), attn, 3).tolist() == [2, 0, 1, 5, 4, 3]  # threes alone
     assert common.sort_by_length(torch.tensor([5, 0, 4, 3, 2, 1]), attn, 6).tolist() == [5, 2, 4, 0, 3, 1]
-    assert common.sort_by_length(torch.arange(6), torch.ones(6, 4),
-                                 4).tolist() == list(range(6))  # equals stay where they are
+    equal = torch.ones(6, 4)
+    assert common.sort_by_length(torch.arange(6), equal, 4).tolist() == list(range(6))    # as they were
 
 
 def test_heads_compute_in_fp32_over_a_bf16_trunk():
@@ -143,4 +141,5 @@ def test_heads_compute_in_fp32_over_a_bf16_trunk():
     with torch.no_grad():
         value, h = model(ids, attn, mask.shape[1], head="v"), model.hidden(ids, attn, mask.shape[1])
     assert value.dtype == torch.float32
-    close(value, (h.double() @ model.heads["v"].weight[0].double()).float(), 1e-4)  # bf16 would miss by 1e-2
+    want = h.double() @ model.heads["v"].weight[0].double()
+    close(value, want, 1e-4)                            # bf16 would miss by 1e-2

@@ -35,27 +35,25 @@ def test_batch_norm_by_hand():
 
 
 def test_clipped_ppo_loss_by_hand():
-    ratio, adv, clip = torch.tensor([[1.1, 1.5, 0.5], [1.5, 0.5, 9.0]]), torch.tensor([[1.0, 1.0, 1.0],
-                                                                                       [-1.0, -1.0,
-                                                                                        9.0]]), 0.2
+    ratio, clip = torch.tensor([[1.1, 1.5, 0.5], [1.5, 0.5, 9.0]]), 0.2
+    adv = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, 9.0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     # min(r A, clip(r) A): 1.1, 1.2 (clipped), 0.5 (pessimistic: not clipped), -1.5, -0.8 (clipped); mean 0.1
     for module in (dvpo, ppo_baseline):
-        loss, stats = module.clipped_ppo_loss(ratio.log().requires_grad_(), torch.zeros(2, 3), adv, mask,
-                                              clip)
-        close(loss.detach(), -0.1)
+        loss, stats = module.clipped_ppo_loss(ratio.log(), torch.zeros(2, 3), adv, mask, clip)
+        close(loss, -0.1)
         close(stats["clip_frac"], 0.8)
         close(stats["ratio"], (1.1 + 1.5 + 0.5 + 1.5 + 0.5) / 5)
         close(stats["kl_step"], sum(r - 1 - math.log(r) for r in (1.1, 1.5, 0.5, 1.5, 0.5)) / 5)
     logp = ratio.log().requires_grad_()
     dvpo.clipped_ppo_loss(logp, torch.zeros(2, 3), adv, mask, clip)[0].backward()
-    close(logp.grad,
-          [[-1.1 / 5, 0, -0.5 / 5], [1.5 / 5, 0, 0]])  # no gradient beyond the clip on the gaining side
+    # No gradient beyond the clip on the gaining side
+    close(logp.grad, [[-1.1 / 5, 0, -0.5 / 5], [1.5 / 5, 0, 0]])
 
 
 def test_gae_by_hand():
-    rewards, values = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 9.0]]), torch.tensor([[0.5, 0.6, 0.7],
-                                                                                      [1.0, 1.0, 9.0]])
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 9.0]])
+    values = torch.tensor([[0.5, 0.6, 0.7], [1.0, 1.0, 9.0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     # gamma 1, lambda .95: d2 = .3; d1 = .1 -> .1 + .95 x .3 = .385; d0 = .1 -> .1 + .95 x .385 = .46575
     adv, returns = ppo_baseline.gae(rewards, values, mask, 1.0, 0.95)
@@ -68,31 +66,27 @@ def test_value_and_pairwise_loss_by_hand():
     v, old, ret = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 1.0]])
     # first: clipped to 0.7, error max(0, 0.09); second: 1
     close(ppo_baseline.value_loss(v, old, ret, torch.tensor([[True, True]]), 0.2), 0.5 * (0.09 + 1) / 2)
-    close(ppo_baseline.pairwise_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])),
-          (math.log(1 + math.exp(-1)) + math.log(2)) / 2)
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])
+    close(ppo_baseline.pairwise_loss(chosen, rejected), (math.log(1 + math.exp(-1)) + math.log(2)) / 2)
 
 
 def test_advantage_by_hand():
-    q, mask = torch.tensor([[0.0, 1.0, 3.0],
-                            [1.0, 1.0, 5.0]]), torch.tensor([[True, True], [True, False]])  # tokens 1, 3 | 1
-    s = math.sqrt(8 / 9)  # mean 5/3
+    q = torch.tensor([[0.0, 1.0, 3.0], [1.0, 1.0, 5.0]])            # V(s_0), then Q: 1, 3 | 1
+    mask = torch.tensor([[True, True], [True, False]])
+    s = math.sqrt(8 / 9)                                            # mean 5/3
     close(dvpo.advantage(q, mask, "q", 0.0), [[-2 / 3 / s, 4 / 3 / s], [-2 / 3 / s, 0]])
-    close(dvpo.advantage(q, mask, "q", 2.0),
-          [[-1 / 3, 2 / 3], [-1 / 3, 0]])  # sigma no smaller than the GVM's
-    d = math.sqrt(2 / 3)  # deltas 1, 2 | 0: mean 1
+    close(dvpo.advantage(q, mask, "q", 2.0), [[-1 / 3, 2 / 3], [-1 / 3, 0]])    # divided by the GVM's sigma
+    d = math.sqrt(2 / 3)                                            # deltas 1, 2 | 0: mean 1
     close(dvpo.advantage(q, mask, "delta", 0.0), [[0, 1 / d], [-1 / d, 0]])
 
 
 def test_table4_by_hand():
-    rows = [
-        dict(prompt="a", reward=1.0),
-        dict(prompt="a", reward=0.0),
-        dict(prompt="a", reward=0.5),
-        dict(prompt="b", reward=0.0)
-    ]
-    q = [np.array([9.0, 1, 1, 4]), np.array([0.0, 2, 2, 2]), np.array([0.0, 1, 1, 1]), np.array([0.0, 5])]
-    accuracy, pairs = train_gvm.table4(rows, [(None, v) for v in q],
-                                       0.0)  # the entry of V(s_0) does not count
-    assert pairs == 3  # means 2, 2, 1: a tie, a win, a loss
-    close(accuracy["mean"], 0.5), close(accuracy["last"], 2 / 3)
-    assert train_gvm.table4(rows, [(None, v) for v in q], 0.6)[1] == 1
+    labels = ("a", 1.0), ("a", 0.0), ("a", 0.5), ("b", 0.0)
+    rows = [dict(prompt=prompt, reward=reward) for prompt, reward in labels]
+    q = [9.0, 1, 1, 4], [0.0, 2, 2, 2], [0.0, 1, 1, 1], [0.0, 5]    # the first, V(s_0), does not count
+    values = [(None, np.array(v)) for v in q]
+    accuracy, pairs = train_gvm.table4(rows, values, 0.0)
+    assert pairs == 3                                   # means 2, 2, 1: a tie, a win, a loss
+    close(accuracy["mean"], 0.5)
+    close(accuracy["last"], 2 / 3)
+    assert train_gvm.table4(rows, values, 0.6)[1] == 1

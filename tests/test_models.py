@@ -9,7 +9,6 @@ import tokenizers
 import torch
 import transformers
 from helpers import (
-    GVM,
     PROMPT,
     RL,
     Args,
@@ -35,24 +34,24 @@ from data import toy
 
 def test_lora_off_is_the_base_and_merged_is_on():
     tok = toy.tokenizer()
-    for model in (tiny_gpt2(), tiny_llama()):
+    for tiny in tiny_gpt2, tiny_llama:
+        model = tiny()
         _, _, ids, attn, mask = example_frame(tok)
         T = mask.shape[1]
         with torch.no_grad():
             base = model(ids, attn, T)
             model.add_adapter("a", 4, 8)
             model.add_adapter("b", 2, 8)
-            n = sum(isinstance(m, common.LoRA) for m in model.modules())
-            assert n == (8 if "gpt2" in type(model.lm).__name__.lower() else 14
-                         )  # every projection of two blocks
-            assert torch.equal(model(ids, attn, T), base)  # off: bit for bit
-            assert torch.equal(model(ids, attn, T, adapter="a"), base)  # B is zero at first
+            layers = sum(isinstance(m, common.LoRA) for m in model.modules())
+            assert layers == (8 if tiny is tiny_gpt2 else 14)               # every projection of two blocks
+            assert torch.equal(model(ids, attn, T), base)                   # off: bit for bit
+            assert torch.equal(model(ids, attn, T, adapter="a"), base)      # B is zero at first
             for layer in model.lora_layers():
                 torch.nn.init.normal_(layer.B["a"].weight, std=0.3)
             on = model(ids, attn, T, adapter="a")
             assert (on - base).abs().max() > 1e-3
-            assert torch.equal(model(ids, attn, T, adapter="b"), base) and torch.equal(
-                model(ids, attn, T), base)
+            assert torch.equal(model(ids, attn, T, adapter="b"), base)
+            assert torch.equal(model(ids, attn, T), base)
             plain = type(model.lm)(model.lm.config).eval()
             plain.load_state_dict(model.merged_state_dict("a"))
             close(common.LM(plain)(ids, attn, T), on, 1e-4)
@@ -65,19 +64,15 @@ def test_tokenizers_as_they_are():
         assert p[0] == tok.bos_token_id and p.count(tok.bos_token_id) == 1 and tok.eos_token_id not in p
         assert r.count(tok.eos_token_id) == 1 and r[-1] == tok.eos_token_id and tok.bos_token_id not in r
         assert tok.decode(r, skip_special_tokens=True) == "the soup was great ."
-        assert ("[INST]" in tok.decode(p)) == (kind == "mistral") and ("### Assistant:"
-                                                                       in tok.decode(p)) == (kind == "llama")
+        template = dict(mistral="[INST]", llama="### Assistant:")
+        assert [name for name, mark in template.items() if mark in tok.decode(p)] == [kind]
         both, _ = common.prepend_tau(tok, [(p, r)], p, 1000, 99)
         assert both.count(tok.bos_token_id) == 1 and both[len(p) + len(r):] == p[1:]
-        eager = quirky_tokenizer(kind,
-                                 add_eos_token=True)  # some append eos by themselves, some only claim to
-        assert eager.eos_token_id not in common.encode_prompt(eager, PROMPT) and common.encode_response(
-            eager, "a").count(eager.eos_token_id) == 1
-        chat = [
-            dict(role="user", content="a"),
-            dict(role="assistant", content="b"),
-            dict(role="user", content="c")
-        ]
+        eager = quirky_tokenizer(kind, add_eos_token=True)  # some append eos by themselves, or claim to
+        assert eager.eos_token_id not in common.encode_prompt(eager, PROMPT)
+        assert common.encode_response(eager, "a").count(eager.eos_token_id) == 1
+        roles = ("user", "a"), ("assistant", "b"), ("user", "c")
+        chat = [dict(role=role, content=content) for role, content in roles]
         assert common.encode_prompt(tok, chat).count(tok.bos_token_id) == 1
 
 
@@ -93,19 +88,18 @@ def test_llama_and_mistral_through_all_stages(kind):
         return path("q", kind, stage)
 
     small = ("--model", model, "--batch-size", "4", "--grad-accum", "1", "--max-steps", "2")
+    few = path("toy/gvm_small.jsonl")
     run(sft, *small, "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl"), "--out",
         to("sft"), "--lr", "1e-2")
-    own = ("--init-from", to("sft") + "/model")
-    run(train_gvm, *small, *own, *GVM[2:3], path("toy/gvm_small.jsonl"), "--heldout",
-        path("toy/gvm_small.jsonl"), "--out", to("gvm"), "--lr", "1e-2")
+    own = ("--init-from", to("sft/model"))
+    run(train_gvm, *small, *own, "--data", few, "--heldout", few, "--out", to("gvm"), "--lr", "1e-2")
     rl = (*small, *own, *RL[2:], "--max-new-tokens", "12", "--mini-batch-size", "2")
-    rows = run(dvpo, *rl, "--gvm", to("gvm") + "/model", "--out", to("dvpo"), "--lora", "--lr", "1e-2")
-    rows += run(ppo_baseline, *rl, "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout",
-                path("toy/pairs_small.jsonl"), "--rm",
-                to("rm") + "/model", "--rm-max-steps", "1", "--out", to("ppo"))
-    assert all(r["ratio_first"] == 1.0 for r in rows)
-    tok = common.load_tokenizer(to("dvpo") + "/model")
-    lm = common.load_model(to("sft") + "/model")  # the policy in memory: trunk and adapter
+    pairs = ("--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
+    rows = run(dvpo, *rl, "--gvm", to("gvm/model"), "--out", to("dvpo"), "--lora", "--lr", "1e-2")
+    rows += run(ppo_baseline, *rl, *pairs, "--rm", to("rm/model"), "--rm-max-steps", "1", "--out", to("ppo"))
+    assert all(row["ratio_first"] == 1.0 for row in rows)
+    tok = common.load_tokenizer(to("dvpo/model"))
+    lm = common.load_model(to("sft/model"))             # the policy in memory: trunk and adapter
     lm.add_adapter("policy", 8, 32)
     for layer in lm.lora_layers():
         torch.nn.init.normal_(layer.B["policy"].weight, std=0.3)
@@ -115,10 +109,9 @@ def test_llama_and_mistral_through_all_stages(kind):
     ids, attn, mask, _ = dvpo.rollout(lm, prompts, tok, args, "cpu", "policy")
     loaded = AutoModelForCausalLM.from_pretrained(path("q", kind, "saved")).eval()
     P = ids.shape[1] - mask.shape[1]
-    plain = dict(do_sample=False, top_k=None, temperature=None, pad_token_id=tok.pad_token_id,
-                 max_new_tokens=24)
-    assert torch.equal((loaded.generate(ids[:, :P], attention_mask=attn[:, :P], **plain)[:, P:] * mask),
-                       ids[:, P:] * mask)
+    greedy = loaded.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False, top_k=None,
+                             temperature=None, pad_token_id=tok.pad_token_id, max_new_tokens=24)
+    assert torch.equal(greedy[:, P:] * mask, ids[:, P:] * mask)
 
 
 def test_no_word_is_lost_to_a_pad_token():
@@ -273,10 +266,10 @@ def test_defaults_fit_into_the_context_of_a_folder():
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
     world()
-    plain, again = (run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("remat", str(i)), "--max-steps",
-                        2, "--batch-size", 16, "--mini-batch-size", 8, *more)
-                    for i, more in enumerate(((), ("--gradient-checkpointing", ))))
-    for a, b in zip(plain, again, strict=False):
+    flags = (*RL, "--gvm", path("gvm/model"), "--max-steps", 2, "--batch-size", 16, "--mini-batch-size", 8)
+    plain = run(dvpo, *flags, "--out", path("plain"))
+    again = run(dvpo, *flags, "--out", path("recomputed"), "--gradient-checkpointing")
+    for a, b in zip(plain, again, strict=True):
         close(a["loss"], b["loss"], 1e-6)
         close(a["kl"], b["kl"], 1e-5)
         assert b["ratio_first"] == 1.0
@@ -288,10 +281,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 def test_optimizer_offload_changes_nothing():
     world()
+    flags = (*RL, "--gvm", path("gvm/model"), "--max-steps", 2, "--batch-size", 16, "--mini-batch-size", 8,
+             "--out", path("off"))
     for zero in ("1", "3"):
-        plain, off = (run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("off"), "--max-steps", 2,
-                          "--batch-size", 16, "--mini-batch-size", 8, "--zero", zero, *more)
-                      for more in ((), ("--offload", )))
-        for a, b in zip(plain, off, strict=False):
+        plain, off = run(dvpo, *flags, "--zero", zero), run(dvpo, *flags, "--zero", zero, "--offload")
+        for a, b in zip(plain, off, strict=True):
             close(a["loss"], b["loss"], 1e-6)
             close(a["kl"], b["kl"], 1e-5)

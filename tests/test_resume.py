@@ -41,7 +41,7 @@ def test_damaged_checkpoint():
     victim = max(glob.glob(os.path.join(out, "checkpoint/step_4/policy/*.pt")), key=os.path.getsize)
     with open(victim, "r+b") as f:
         f.seek(os.path.getsize(victim) // 2)
-        f.write(b"\0\1\2\3")  # same size, other bytes
+        f.write(b"\0\1\2\3")                           # same size, other bytes
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         dvpo.main([*argv, "--out", out, "--resume", "--clip", "0.3", "--max-steps", "3"])
     refused(lambda: dvpo.main([*argv, "--out", out, "--resume", "--dtype", "bf16"]), "--dtype auto")
@@ -56,17 +56,17 @@ def test_damaged_checkpoint():
 
 def test_sigterm_saves_and_ends_well():
     world()
-
     name, _, argv = resume_cases("0")[2]
     argv = [*argv, "--out", path("term"), "--max-steps", "500", "--save-every", "1000"]
-    process = subprocess.Popen(
-        [sys.executable, "dvpo.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, env={k: v
-                        for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES})
+    environment = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    process = subprocess.Popen([sys.executable, "dvpo.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, env=environment)
 
     def lines():
-        return sum(
-            1 for _ in open(path("term/metrics.jsonl"))) if os.path.exists(path("term/metrics.jsonl")) else 0
+        if not os.path.exists(path("term/metrics.jsonl")):
+            return 0
+        with open(path("term/metrics.jsonl")) as f:
+            return sum(1 for _ in f)
 
     for _ in range(600):
         time.sleep(0.1)

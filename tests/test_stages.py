@@ -15,29 +15,35 @@ import sft
 import train_gvm
 
 
+def read_json(name):
+    with open(path(name)) as f:
+        return json.load(f)
+
+
 def test_chain_and_learning():
     """SFT -> GVM -> DVPO: tau matters, the first ratio is 1, nothing frozen moves, the gold reward rises."""
     world()
-    result = json.load(open(path("gvm/eval.json")))
-    assert result["policies"]["expert"]["v0"] > result["policies"]["poor"]["v0"] + 0.3, result[
-        "policies"]  # tau matters
+    result = read_json("gvm/eval.json")
+    by_policy = result["policies"]
+    assert by_policy["expert"]["v0"] > by_policy["poor"]["v0"] + 0.3, by_policy     # tau matters
     assert result["accuracy"]["mean"] > 0.75 and result["true_q"]["correlation"] > 0.55, result
-    before = weights(path("gvm0/model")), weights(path("sft/model"))
+    frozen = path("gvm0/model"), path("sft/model")
+    before = [weights(folder) for folder in frozen]
     rows = run(dvpo, *RL, "--gvm", path("gvm0/model"), "--out", path("dvpo"), "--max-steps", 25)
-    for old, new in zip(before, (weights(path("gvm0/model")), weights(path("sft/model"))), strict=False):
+    for old, folder in zip(before, frozen, strict=True):
+        new = weights(folder)
         assert all(torch.equal(old[k], new[k]) for k in old)
-    assert all(r["ratio_first"] == 1.0 for r in rows)
-    assert [r["step"] for r in rows] == list(range(25))
+    assert all(row["ratio_first"] == 1.0 for row in rows)
+    assert [row["step"] for row in rows] == list(range(25))
     need = ("step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate "
             "sec_score sec_train tokens peak_bytes")
     assert set(need.split()) <= set(rows[0])
-    first, last = (json.load(open(path(stage, "summary.json")))["gold"]
-                   for stage in ("sft", "dvpo"))  # 256 responses each
-    assert last > first + 0.15, (first, last)
+    first, last = (read_json(f"{stage}/summary.json")["gold"] for stage in ("sft", "dvpo"))
+    assert last > first + 0.15, (first, last)           # 256 responses each
     assert any(not torch.equal(v, before[1][k]) for k, v in weights(path("dvpo/model")).items())
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(path("dvpo/model"))  # a plain transformers folder
+    AutoModelForCausalLM.from_pretrained(path("dvpo/model"))        # a plain transformers folder
 
 
 def test_frozen_models_and_lora_policy():
@@ -46,7 +52,7 @@ def test_frozen_models_and_lora_policy():
     rows = run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("lora"), "--max-steps", 3, "--lora",
                "--lr", 1e-3)
     assert all(r["ratio_first"] == 1.0 for r in rows)
-    assert rows[0]["kl"] == 0.0  # the adapter starts at the reference, bit for bit
+    assert rows[0]["kl"] == 0.0                         # the adapter starts at the reference, bit for bit
     assert weights(path("lora/model")).keys() == weights(path("sft/model")).keys()
 
 
@@ -56,31 +62,22 @@ def test_ppo_chain():
                path("toy/pairs_heldout.jsonl"), "--rm", path("rm/model"), "--rm-max-steps", 100, "--out",
                path("ppo"), "--max-steps", 4)
     assert all(r["ratio_first"] == 1.0 for r in rows) and rows[0]["kl"] == 0.0
-    assert json.load(open(path("rm/model/adapter.json")))["accuracy"] > 0.75
+    assert read_json("rm/model/adapter.json")["accuracy"] > 0.75
     rows = run(ppo_baseline, *RL, "--reward", os.path.join(HERE, "data/toy.py:gold_reward"), "--out",
                path("ppo_fn"), "--max-steps", 25, "--lr", 3e-4)
-    assert json.load(open(
-        path("ppo_fn/summary.json")))["gold"] > json.load(open(path("sft/summary.json")))["gold"] + 0.15
-    assert abs(rows[0]["score"] - rows[0]["gold"]) < 1e-6  # the function replaces the reward model
+    assert read_json("ppo_fn/summary.json")["gold"] > read_json("sft/summary.json")["gold"] + 0.15
+    close(rows[0]["score"], rows[0]["gold"])            # the function replaces the reward model
 
 
 def test_eval_only_and_show():
     world()
+    own = ["--gvm", path("gvm/model"), "--out", path("eval")]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        train_gvm.main([
-            *GVM[:2], "--eval-only", "--data",
-            path("toy/gvm_heldout.jsonl"), "--gvm",
-            path("gvm/model"), "--out",
-            path("eval")
-        ])
-        shown = train_gvm.main([
-            *GVM, "--gvm",
-            path("gvm/model"), "--show", PROMPT, "the soup was great .", "--policy", "good", "--out",
-            path("eval")
-        ])
-    assert json.load(open(path("eval/eval.json")))["pairs"] > 100 and "accuracy over" in out.getvalue()
-    assert len(shown["q"]) == len(
-        shown["true_q"]) == 7 and shown["tokens"][1:] == "the soup was great . <eos>".split()
+        train_gvm.main([*GVM[:2], "--eval-only", "--data", path("toy/gvm_heldout.jsonl"), *own])
+        shown = train_gvm.main([*GVM, *own, "--show", PROMPT, "the soup was great .", "--policy", "good"])
+    assert read_json("eval/eval.json")["pairs"] > 100 and "accuracy over" in out.getvalue()
+    assert shown["tokens"][1:] == "the soup was great . <eos>".split()
+    assert len(shown["q"]) == len(shown["true_q"]) == 7
 
 
 @pytest.mark.parametrize("case", range(5))
@@ -149,12 +146,13 @@ def test_dry_run():
     rl = (*RL, "--batch-size", "16", "--mini-batch-size", "8")
     gvm = (*GVM, "--out", path("gvm"))
     pairs = ("--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
+    texts = ("--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_heldout.jsonl"), "--prompts",
+             path("toy/prompts.jsonl"))
+    dry = ("--out", path("dry"))
     before = weights(path("gvm/model")), open(path("gvm/metrics.jsonl")).read()
-    for stage, argv in ((sft, (*RL[:2], "--data", path("toy/sft.jsonl"), "--heldout",
-                               path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts.jsonl"),
-                               "--out", path("dry"))),
-                        (train_gvm, gvm), (dvpo, (*rl, "--gvm", path("gvm/model"), "--out", path("dry"))),
-                        (ppo_baseline, (*rl, *pairs, "--rm", path("no_rm/model"), "--out", path("dry")))):
+    for stage, argv in ((sft, (*RL[:2], *texts, *dry)), (train_gvm, gvm),
+                        (dvpo, (*rl, "--gvm", path("gvm/model"), *dry)),
+                        (ppo_baseline, (*rl, *pairs, "--rm", path("no_rm/model"), *dry))):
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
             stage.main([*argv, "--dry-run"])
         text = said.getvalue().splitlines()[-1]
@@ -175,4 +173,4 @@ def test_rows_without_names_make_a_gvm_without_tau():
         f.writelines(json.dumps({k: v for k, v in row.items() if k != "policy"}) + "\n" for row in rows)
     run(train_gvm, *GVM[:2], "--data", path("unnamed.jsonl"), "--heldout", path("unnamed.jsonl"), "--out",
         path("unnamed"), "--max-steps", 1)
-    assert json.load(open(path("unnamed/model/adapter.json")))["tau_pairs"] == 0
+    assert read_json("unnamed/model/adapter.json")["tau_pairs"] == 0

@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import http.server
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import threading
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from helpers import HERE, PROMPT, RL, close, path, quirky_model, quirky_tokenizer, refused, run, world
 
@@ -23,26 +25,24 @@ def test_label_goes_on_where_it_stopped():
     from tools import label
 
     def rows(to, n):
+        argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", to]
         with contextlib.redirect_stderr(io.StringIO()):
-            label.main([
-                "--policy",
-                path("sft/model"), "--prompts",
-                path("toy/prompts.jsonl"), "--to", to, "--n",
-                str(n), "--batch-size", "16"
-            ])
+            label.main([*argv, "--n", str(n), "--batch-size", "16"])
         return open(to).read().splitlines()
 
     straight = rows(path("label_a.jsonl"), 48)
     rows(path("label_b.jsonl"), 32)
     with open(path("label_b.jsonl"), "a") as f:
-        f.write('{"prompt": "cut sh')  # killed in the middle of a line
+        f.write('{"prompt": "cut sh')                   # killed in the middle of a line
     assert rows(path("label_b.jsonl"), 48) == straight and len(straight) == 48
     row = json.loads(straight[0])
     assert row["policy"] == "sft" and row["reward"] == toy.gold_reward(row["prompt"], row["response"])
     both = train_gvm.Labelled([path("toy/gvm_heldout.jsonl"), path("label_a.jsonl")]).by_policy
     assert [len(both[name]) for name in ("sft", "sft-T1.4", "sft-T1.8")] == [16, 16, 16]
-    pairs, reward = [json.loads(line) for line in open(path("label_a_pairs.jsonl"))], toy.gold_reward
-    assert pairs and all(reward(p["prompt"], p["chosen"]) > reward(p["prompt"], p["rejected"]) for p in pairs)
+    pairs = [json.loads(line) for line in open(path("label_a_pairs.jsonl"))]
+    better = [toy.gold_reward(p["prompt"], p["chosen"]) > toy.gold_reward(p["prompt"], p["rejected"])
+              for p in pairs]
+    assert pairs and all(better)
 
 
 def test_label_with_a_reward_model():
@@ -53,21 +53,21 @@ def test_label_with_a_reward_model():
 
     tok = quirky_tokenizer("llama")
     torch.manual_seed(0)
-    rm = LlamaForSequenceClassification(
-        LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, num_labels=1,
-                    initializer_range=0.3)).eval()
-    rm.save_pretrained(path("rm_hf")), tok.save_pretrained(path("rm_hf"))
-    prompts, responses = [PROMPT, "review the wine .",
-                          PROMPT], ["the soup was great . the staff was kind .", "", "no ."]
+    config = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, num_labels=1, initializer_range=0.3)
+    rm = LlamaForSequenceClassification(config).eval()
+    rm.save_pretrained(path("rm_hf"))
+    tok.save_pretrained(path("rm_hf"))
+    prompts = [PROMPT, "review the wine .", PROMPT]
+    responses = ["the soup was great . the staff was kind .", "", "no ."]
     tok = common.load_tokenizer(path("rm_hf"))
-    want = [
-        rm(torch.tensor([common.encode_prompt(tok, p) + common.encode_response(tok, r)])).logits.item()
-        for p, r in zip(prompts, responses, strict=False)
-    ]
+    want = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = common.encode_prompt(tok, prompt) + common.encode_response(tok, response)
+        want.append(rm(torch.tensor([ids])).logits.item())
     close(label.score_with(path("rm_hf"), "cpu")(prompts, responses), want, 1e-5)
-    refused(lambda: label.score_with(quirky_model("llama"), "cpu"),
-            "not a reward model")  # it would score with a random head
+    # A language model would score with a random head
+    refused(lambda: label.score_with(quirky_model("llama"), "cpu"), "not a reward model")
 
 
 def bench_main(*argv):
@@ -118,153 +118,176 @@ def test_sample():
     world()
     from tools import sample
 
+    prompts, answers = path("toy/prompts_heldout.jsonl"), path("answers.json")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        sample.main([
-            "--policy",
-            path("sft/model"), "--prompts",
-            path("toy/prompts_heldout.jsonl"), "--to",
-            path("answers.json"), "--batch-size", "8"
-        ])
-    out = json.load(open(path("answers.json")))
+        sample.main(["--policy", path("sft/model"), "--prompts", prompts, "--to", answers])
+    with open(answers) as f:
+        out = json.load(f)
     assert len(out) == 30 and set(out[0]) == {"instruction", "output", "generator"}
-    assert np.mean([toy.gold_reward(r["instruction"], r["output"]) for r in out]) > -0.5  # answers, not noise
-    talk = subprocess.run([sys.executable, "tools/sample.py", "--policy",
-                           path("sft/model")], input=f"{PROMPT}\n\n", cwd=HERE, capture_output=True,
-                          text=True)
+    gold = [toy.gold_reward(row["instruction"], row["output"]) for row in out]
+    assert np.mean(gold) > -0.5                         # answers, not noise
+    talk = subprocess.run([sys.executable, "tools/sample.py", "--policy", path("sft/model")], cwd=HERE,
+                          input=f"{PROMPT}\n\n", capture_output=True, text=True)
     assert talk.returncode == 0 and len(talk.stdout) > 5, talk.stderr
 
 
-def judge_server():
-    """A chat API on loopback that scores an answer by its length and fails in every way at first."""
-    import http.server
-
-    asked = []
-
-    class Api(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(dict(body, auth=self.headers["Authorization"], path=self.path))
-            system, user = (m["content"] for m in body["messages"])
-            n, answers = len(asked), [
-                part.split(">: ", 1)[1].strip() for part in user.split("\n<response")[1:]
-            ]
-            broken = {
-                1: (500, b"{}"), 2: (429, b"{}"), 3: (200, b"not json"),
-                4: (200,
-                    json.dumps(
-                        dict(choices=[dict(message=dict(content="I would rather not."))],
-                             usage=dict(prompt_tokens=7, completion_tokens=5))).encode())
-            }
-            if body["model"] == "no-such":
-                code, out = 401, b"who are you"
-            elif body["model"] == "first":  # likes whatever it reads first
-                code, out = 200, json.dumps(
-                    dict(
-                        choices=[dict(message=dict(
-                            content="Score 1: 5\nScore 2: 3 Evaluation evidence: x"))])).encode()
-            elif body["model"] == "picky" and "question 3" in user:
-                code, out = 400, b"too long"
-            elif n in broken:
-                code, out = broken[n]
-            else:
-                scores = [min(5, len(a.split())) for a in answers]
-                text = "\n".join(f"Score {i}: {x}" for i, x in enumerate(scores, 1)) if len(
-                    scores) > 1 else f"Score: {scores[0]} Evaluation evidence: its length"
-                code, out = 200, json.dumps(
-                    dict(choices=[dict(message=dict(content=text))],
-                         usage=dict(prompt_tokens=100, completion_tokens=10))).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(out) + 9 * (n == 3)))  # the third is cut short
-            self.end_headers()
-            self.wfile.write(out)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, asked
+def completion(text, tokens_in, tokens_out):
+    """What a chat API returns."""
+    usage = dict(prompt_tokens=tokens_in, completion_tokens=tokens_out)
+    return json.dumps(dict(choices=[dict(message=dict(content=text))], usage=usage)).encode()
 
 
-def test_judge():
-    world()
+def verdict(number, body):
+    """(status, bytes) of call `number`: the first four fail, each in another way; then an answer's score is
+    its length, but for the judges that are called otherwise."""
+    user = body["messages"][1]["content"]
+    answers = [part.split(">: ", 1)[1].strip() for part in user.split("\n<response")[1:]]
+    scores = [min(5, len(answer.split())) for answer in answers]
+    failures = {1: (500, b"{}"), 2: (429, b"{}"), 3: (200, b"cut short"),
+                4: (200, completion("I would rather not.", 7, 5))}
+    if body["model"] == "no-such":
+        return 401, b"who are you"
+    if body["model"] == "first":                        # likes whatever it reads first
+        return 200, completion("Score 1: 5\nScore 2: 3 Evaluation evidence: x", 0, 0)
+    if body["model"] == "picky" and "question 3" in user:
+        return 400, b"too long"
+    if number in failures:
+        return failures[number]
+    if len(scores) == 1:
+        return 200, completion(f"Score: {scores[0]} Evaluation evidence: its length", 100, 10)
+    return 200, completion("\n".join(f"Score {i}: {x}" for i, x in enumerate(scores, 1)), 100, 10)
+
+
+class Api(http.server.BaseHTTPRequestHandler):
+    """A chat API on loopback."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(dict(body, auth=self.headers["Authorization"], path=self.path))
+        code, out = verdict(len(self.server.asked), body)
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(out) + 9 * (out == b"cut short")))
+        self.end_headers()
+        self.wfile.write(out)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """-> the calls that it was asked."""
     from tools import judge
 
-    questions = [f"question {i}" for i in range(10)]
-    outputs = dict(a=["one two three"] * 6 + ["one"] * 4,
-                   b=["one two"] * 6 + ["one two"] * 3 + ["one"])  # 6 wins, 3 losses, a tie
-    for name, answers in outputs.items():
-        common.write_json(path(f"{name}.json"), [
-            dict(instruction=q, output=o, generator=name)
-            for q, o in zip(questions + ["only in " + name], answers + ["x"], strict=False)
-        ])
-    server, asked = judge_server()
-    for text, n, want in (("Score: 4", 1, [4]), ("**Score:** 4", 1, [4]), ("Total score: 3.5/5", 1, [3.5]),
-                          ("Score: {2}", 1, [2]), ("Score: 10", 1, None), ("Score: -1", 1, None),
-                          ("a 4", 1, None), ("Score 1: 5\nScore 2: 3", 2, [5, 3]),
-                          ("Score 2: 3\nScore 1: 5", 2, [5, 3]), ("**Score #1**: 2, Score #2: 4", 2,
-                                                                  [2, 4]), ("Score 1: 5", 2, None)):
-        assert judge.read_scores(text, n) == want, text
-    judge.WAIT, before, files = 0.01, dict(os.environ), [path("a.json"), path("b.json")]
-    os.environ |= dict(OPENAI_API_KEY="sk-test", OPENAI_BASE_URL=f"http://127.0.0.1:{server.server_port}/v1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(judge, "WAIT", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    yield server.asked
+    server.shutdown()
 
-    def go(*argv):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return judge.main([*files, *argv])
 
-    try:
-        got = go("--to", path("v.jsonl"), "--at-once", "1", "--price", "2.5", "10")
-        assert (got["wins"], got["ties"], got["losses"], got["questions"], got["unanswered"],
-                got["only_in_one"]) == (6, 1, 3, 10, 0, 2)
-        close(got["win_rate"], 0.65)
-        assert got["interval"][0] < 0.65 < got["interval"][1]
-        # 19 calls, as the tie's answers are one text; three failed without a bill; a fourth was billed
-        assert len(asked) == 19 + 4 and got["tokens_in"] == 19 * 100 + 7 and got["tokens_out"] == 19 * 10 + 5
-        close(got["cost"], (1907 * 2.5 + 195 * 10) / 1e6)
-        first = asked[0]
-        assert first["auth"] == "Bearer sk-test" and first["path"] == "/v1/chat/completions" and first[
-            "model"] == "gpt-4o-2024-08-06" and "additive 5-point" in first["messages"][0]["content"]
-        assert {m["messages"][1]["content"].split("<response>: ")[1]
-                for m in asked[4:]} == {"one", "one two", "one two three"}
-        lines = open(path("v.jsonl")).read()
-        with open(path("v.jsonl"), "w") as f:
-            f.write(lines[:-30])  # killed while it wrote the last verdict
-        again, n = go("--to", path("v.jsonl")), len(asked)
-        assert again["win_rate"] == got["win_rate"] and n == 19 + 4 + 1  # one call, and nothing paid twice
-        assert go("--to", path("v.jsonl")) == again and len(asked) == n
-        # Both answers in a message: a judge that likes the first has no favourite once both orders are asked
-        got = go("--to", path("w.jsonl"), "--pairwise", "--both-orders", "--judge", "first")
-        assert got["ties"] == got["questions"] == 10 and len(asked) - n == 20 - 1
-        got = go("--to", path("w2.jsonl"), "--pairwise", "--judge", "first")
-        assert got["ties"] == 0 and 0 < got["wins"] < 10
-        got = go("--to", path("w3.jsonl"), "--pairwise")
-        assert (got["wins"], got["ties"], got["losses"]) == (6, 1, 3)
-        got = go("--to", path("w4.jsonl"), "--judge", "picky")
-        assert got["questions"] == 9 and got["unanswered"] == 1     # a refused question is left out
-        refused(lambda: judge.main([*files, "--to", path("u.jsonl"), "--judge", "no-such"]), "401")
-        os.environ["OPENAI_BASE_URL"] = "http://127.0.0.1:1/v1"
-        refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up")
-        del os.environ["OPENAI_API_KEY"]
-        refused(lambda: judge.main([*files, "--to", path("u3.jsonl")]), "OPENAI_API_KEY")
-    finally:
-        server.shutdown()
-        os.environ.clear()
-        os.environ.update(before)
+def run_judge(*argv):
+    """tools/judge.py on the answers a.json and b.json -> its result."""
+    from tools import judge
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return judge.main([path("a.json"), path("b.json"), *argv])
+
+
+def write_answers(**answers):
+    """NAME.json for each, one answer per question, and one that only this file has."""
+    for name, outputs in answers.items():
+        questions = [f"question {i}" for i in range(len(outputs))] + ["only in " + name]
+        rows = [dict(instruction=question, output=output, generator=name)
+                for question, output in zip(questions, [*outputs, "x"], strict=True)]
+        common.write_json(path(f"{name}.json"), rows)
+
+
+SIX_WINS_THREE_LOSSES_A_TIE = dict(a=["one two three"] * 6 + ["one"] * 4, b=["one two"] * 9 + ["one"])
+
+
+@pytest.mark.parametrize("text, n, scores", [
+    ("Score: 4", 1, [4]), ("**Score:** 4", 1, [4]), ("Total score: 3.5/5", 1, [3.5]), ("Score: {2}", 1, [2]),
+    ("Score: 10", 1, None), ("Score: -1", 1, None), ("a 4", 1, None),
+    ("Score 1: 5\nScore 2: 3", 2, [5, 3]), ("Score 2: 3\nScore 1: 5", 2, [5, 3]),
+    ("**Score #1**: 2, Score #2: 4", 2, [2, 4]), ("Score 1: 5", 2, None)])
+def test_judge_reads_scores(text, n, scores):
+    from tools import judge
+
+    assert judge.read_scores(text, n) == scores
+
+
+def test_judge(api):
+    write_answers(**SIX_WINS_THREE_LOSSES_A_TIE)
+    got = run_judge("--to", path("v.jsonl"), "--at-once", "1", "--price", "2.5", "10")
+    assert (got["wins"], got["ties"], got["losses"], got["questions"]) == (6, 1, 3, 10)
+    assert (got["unanswered"], got["only_in_one"]) == (0, 2)
+    close(got["win_rate"], 0.65)
+    assert got["interval"][0] < 0.65 < got["interval"][1]
+    # 19 calls, as the tie's answers are one text; three failed without a bill; a fourth was billed
+    assert len(api) == 19 + 4 and got["tokens_in"] == 19 * 100 + 7 and got["tokens_out"] == 19 * 10 + 5
+    close(got["cost"], (1907 * 2.5 + 195 * 10) / 1e6)
+    first = api[0]
+    assert first["auth"] == "Bearer sk-test" and first["path"] == "/v1/chat/completions"
+    assert first["model"] == "gpt-4o-2024-08-06"
+    assert "additive 5-point" in first["messages"][0]["content"]
+    judged = {call["messages"][1]["content"].split("<response>: ")[1] for call in api[4:]}
+    assert judged == {"one", "one two", "one two three"}
+    with open(path("v.jsonl")) as f:
+        lines = f.read()
+    with open(path("v.jsonl"), "w") as f:
+        f.write(lines[:-30])                            # killed while it wrote the last verdict
+    again = run_judge("--to", path("v.jsonl"))
+    assert again["win_rate"] == got["win_rate"] and len(api) == 19 + 4 + 1     # nothing is paid twice
+    assert run_judge("--to", path("v.jsonl")) == again and len(api) == 19 + 4 + 1
+
+
+def test_judge_pairwise(api):
+    """Both answers in a message: who likes the first has no favourite once both orders are asked."""
+    write_answers(**SIX_WINS_THREE_LOSSES_A_TIE)
+    got = run_judge("--to", path("w.jsonl"), "--pairwise", "--both-orders", "--judge", "first")
+    assert got["ties"] == got["questions"] == 10 and len(api) == 20 - 1
+    got = run_judge("--to", path("w2.jsonl"), "--pairwise", "--judge", "first")
+    assert got["ties"] == 0 and 0 < got["wins"] < 10
+    got = run_judge("--to", path("w3.jsonl"), "--pairwise")
+    assert (got["wins"], got["ties"], got["losses"]) == (6, 1, 3)
+
+
+def test_judge_that_fails(api, monkeypatch):
+    from tools import judge
+
+    write_answers(**SIX_WINS_THREE_LOSSES_A_TIE)
+    files = [path("a.json"), path("b.json")]
+    got = run_judge("--to", path("w4.jsonl"), "--judge", "picky")
+    assert got["questions"] == 9 and got["unanswered"] == 1         # a refused question is left out
+    refused(lambda: judge.main([*files, "--to", path("u.jsonl"), "--judge", "no-such"]), "401")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    refused(lambda: judge.main([*files, "--to", path("u3.jsonl")]), "OPENAI_API_KEY")
     refused(lambda: judge.main([path("a.json"), path("nothing.json")]), "nothing.json")
-    # A function and a reward model as judges
+
+
+def test_judge_by_reward():
+    """A function and a reward model as judges."""
+    world()
     good, bad = "the soup was great . the staff was kind .", "the soup was awful . the staff was kind ."
     for name, answer in ("a", good), ("b", bad):
         common.write_json(path(f"{name}.json"), [dict(instruction=PROMPT, output=answer, generator=name)])
-    assert go("--to", path("v2.jsonl"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
+    assert run_judge("--to", path("v2.jsonl"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
     pairs = ("--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
     run(ppo_baseline, *RL, *pairs, "--rm", path("judge_rm/model"), "--rm-max-steps", 3, "--max-steps", 1,
         "--out", path("judge_ppo"))
-    got = go("--to", path("v3.jsonl"), "--rm", path("judge_rm/model"), "--init-from", path("sft/model"))
+    got = run_judge("--to", path("v3.jsonl"), "--rm", path("judge_rm/model"), "--init-from",
+                    path("sft/model"))
     rm = common.load_model(path("sft/model"), trainable=False).eval()
     tok = common.load_tokenizer(path("sft/model"))
     common.load_adapter(rm, tok, path("judge_rm/model"), "")
     prompts = [common.encode_prompt(tok, PROMPT)] * 2
-    responses = [common.encode_response(tok, t) for t in (good, bad)]
+    responses = [common.encode_response(tok, text) for text in (good, bad)]
     with torch.no_grad():
         want = ppo_baseline.scores(rm, *common.frame(prompts, responses, "cpu"))
     assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])
