@@ -37,6 +37,7 @@ GVM = ("--max-length", 576, "--tau-length", RESPONSE + 1, "--lr", 2e-3, "--td-la
 ARMS = {"tau": ("--tau-pairs", 2, "--batch-size", 12), "no tau": ("--tau-pairs", 0, "--batch-size", 36)}
 SFT_STEPS, STEPS = 1500, {"tau": 300, "no tau": 330}    # of both arms: equal seconds
 SEEDS = 1, 2, 3, 4
+TAUS = 8                                                # drawn per row, for their average
 
 
 def folder(arm, seed, share=1):
@@ -90,26 +91,36 @@ def accuracies(rows, values):
     return table4[0]["mean"], float(np.mean(right))
 
 
+def token_values(model, tok, rows, meta, seed):
+    """Of every row behind a tau, drawn from `seed`."""
+    taus = []
+    for i, row in enumerate(rows):
+        rng = np.random.default_rng([seed, i])
+        taus.append(rows.tau(row["policy"], row["prompt"], meta["tau_pairs"], rng))
+    args = argparse.Namespace(**meta)
+    return [q for _, q in train_gvm.token_values(model, tok, rows, taus, args, "cpu")]
+
+
 def measure(job):
     """One GVM: accuracies by each statistic, and how V(s_0 | tau) follows the policies' mean rewards."""
     arm, seed, share = job
     tok = common.load_tokenizer("out/real/sft/model")
     model = common.load_model("out/real/sft/model", trainable=False).eval()
     meta = common.load_adapter(model, tok, f"{folder(*job)}/model", "python experiments/real_text.py")
-    rows, args = train_gvm.Labelled(["out/real/valid.jsonl"]), argparse.Namespace(**meta)
-    taus = []
-    for i, row in enumerate(rows):
-        rng = np.random.default_rng([seed, i])
-        taus.append(rows.tau(row["policy"], row["prompt"], meta["tau_pairs"], rng))
-    values = [q for _, q in train_gvm.token_values(model, tok, rows, taus, args, "cpu")]
-    mean, v0 = accuracies(rows, [q[1:].mean() for q in values]), np.array([q[0] for q in values])
+    rows = train_gvm.Labelled(["out/real/valid.jsonl"])
+    values = token_values(model, tok, rows, meta, seed)
     seconds = rows_of(f"{folder(*job)}/metrics.jsonl")[-1]["seconds"]
-    found = dict(arm=arm, seed=seed, share=share, seconds=seconds, mean=mean)
+    found = dict(arm=arm, seed=seed, share=share, seconds=seconds,
+                 mean=accuracies(rows, [q[1:].mean() for q in values]))
     if meta["tau_pairs"]:
-        found["v0"] = accuracies(rows, v0)
+        v0 = [np.array([q[0] for q in values])]
+        for draw in range(1, TAUS):
+            drawn = token_values(model, tok, rows, meta, 100 * draw + seed)
+            v0.append(np.array([q[0] for q in drawn]))
         rewards = [np.mean([rows[i]["reward"] for i in index]) for index in rows.by_policy.values()]
-        averages = [np.mean(v0[index]) for index in rows.by_policy.values()]
-        found["v0_correlation"] = train_gvm.correlation(rewards, averages)
+        averages = [np.mean(v0[0][index]) for index in rows.by_policy.values()]
+        found |= dict(v0=accuracies(rows, v0[0]), v0_averaged=accuracies(rows, np.mean(v0, 0)),
+                      v0_correlation=train_gvm.correlation(rewards, averages))
     return found
 
 
@@ -146,12 +157,12 @@ def report(jobs):
     lines += [*table(["yardstick", "all pairs", "left out"], cells), ""]
     cells = []
     for run in runs:
-        by = [f"{x:.3f}" for key in ("mean", "v0") for x in run.get(key, [])]
-        by += ["", ""] * (2 - len(by) // 2)
+        by = [f"{x:.3f}" for key in ("mean", "v0", "v0_averaged") for x in run.get(key, [])]
+        by += [""] * (6 - len(by))
         follows = f"{run['v0_correlation']:.3f}" if "v0_correlation" in run else ""
         cells.append([run["arm"], run["seed"], run["share"], f"{run['seconds']:.0f}", *by, follows])
     names = ["GVM", "seed", "share", "seconds", "mean token value", "left out", "V(s_0) behind tau",
-             "left out", "its correlation with mean rewards"]
+             "left out", f"averaged over {TAUS} tau", "left out", "its correlation with mean rewards"]
     lines += [*table(names, cells), ""]
     whole = {(run["arm"], run["seed"]): run["mean"] for run in runs if run["share"] == 1}
     gains = np.array([np.subtract(whole["tau", seed], whole["no tau", seed]) for seed in SEEDS])

@@ -19,7 +19,7 @@ sys.path.insert(0, ROOT)
 from experiments.ablate import GVMS
 from experiments.long_rollout import window_means
 from experiments.shared import interval
-from experiments.side_by_side import LABELS
+from experiments.side_by_side import EQUAL_KL, LABELS, METHODS, at_kl, curve
 
 NOT_KEPT = "# Numbers whose runs are not kept"          # the last section of results/README.md has no files
 KNOWN = [                                               # numbers that results/ does not hold
@@ -129,19 +129,20 @@ def gvm_cost():
 
 def comparators():
     data = read("comparators.json")
-    labels = dict(ppo="PPO", dvpo="DVPO", dvpo_no_tau="DVPO, no tau", dpo="DPO", remax="ReMax", grpo="GRPO")
-    for method, label in labels.items():
-        runs = data["runs"][method]
+    for method, label in METHODS.items():
+        runs, seconds = data["runs"][method], data["seconds"][method]
         gold, fresh, kl = ([r[key] for r in runs] for key in ("final", "heldout", "kl"))
-        there = [r["reach"] for r in runs if r["reach"]]
-        count = "" if method == "dpo" else f"{len(there)} of {len(runs)}"
-        yield row(label, interval(gold, 3), interval(fresh, 3), interval(kl), count,
-                  interval([steps for steps, _ in there], 0) if there else "")
+        steps = [r["reach"] for r in runs if r["reach"]]
+        there = [interval(steps, 0), f"{seconds * np.mean(steps):.1f}"] if steps else ["", ""]
+        whole = f"{seconds * runs[0]['steps']:.0f}"
+        yield row(label, interval(gold, 3), interval(fresh, 3), interval(kl), *there, whole)
         yield row(label, f"{np.mean(gold):.3f}", f"{np.mean(kl):.2f}")
-    dpo, dvpo = data["curves"]["dpo"][-1], data["curves"]["dvpo"][3]
-    yield f"({dpo['final']:.3f} at {dpo['kl']:.2f}, DVPO {dvpo['final']:.3f} at {dvpo['kl']:.2f})"
     for method, points in data["curves"].items():
-        yield row(labels[method], *(f"{p['final']:.3f} at {p['kl']:.2f}" for p in points))
+        by_kl = [at_kl(points, kl) for kl in EQUAL_KL]
+        yield row(LABELS[method], *(f"{gold:.3f} at {kl:.2f}" for _, kl, gold in curve(points)), *by_kl)
+    ahead, *others = (f"{LABELS[method]} {at_kl(data['curves'][method], EQUAL_KL[1])}"
+                      for method in ("dvpo", "ppo", "dpo", "remax"))
+    yield f"at {EQUAL_KL[1]} nats it has {ahead.split()[-1]}, {', '.join(others)}"
 
 
 def earlier_draws():
@@ -332,7 +333,7 @@ def cost():
 
 def cost_of_comparators():
     steps = read("bench_cpu.json")["steps"]
-    labels = LABELS | dict(lora="DVPO `--lora`")
+    labels = METHODS | dict(lora="DVPO `--lora`")
     part = steps["14M, 16 rows, 32 + 64 tokens; comparators"]
     runs, counted = part["measured"], part["predicted"]
     for name, trl in dict(ppo="", dvpo="", lora="", grpo="trl_grpo", remax="", dpo="trl_dpo").items():
