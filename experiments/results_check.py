@@ -24,6 +24,7 @@ from experiments.side_by_side import EQUAL_KL, LABELS, METHODS, at_kl, curve
 NOT_KEPT = "# Numbers whose runs are not kept"          # the last section of results/README.md has no files
 KNOWN = [                                               # numbers that results/ does not hold
     r"Python 3\.11",
+    r"TRL 1\.16",
     r"\d{4}\.\d{5}",                                    # arXiv
     r"0\.57 and 0\.66 of PPO's time and memory for its 3B",        # the paper's table 3
     r"0\.69 and 0\.77 for its 8B",
