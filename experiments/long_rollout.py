@@ -15,15 +15,14 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np
 import psutil
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import common
-from experiments.shared import commit, machine, table, write_results
+from experiments.shared import WINDOW, commit, machine, table, window_means, write_results
 
-PROMPT, WINDOW = 64, 64                                 # tokens; a row of the table is a mean over the window
+PROMPT = 64                                             # tokens
 
 
 @torch.no_grad()
@@ -44,17 +43,6 @@ def rollout(static, rows, new, layers, width):
         seconds.append(time.perf_counter() - begin)
         held.append((process.memory_info().rss - before) / 2**20)
     return dict(seconds=seconds, held=held, planned=rows * (PROMPT + new) * 2 * layers * width * 4 / 2**20)
-
-
-def window_means(runs, new):
-    """Rows of the table: tokens, then ms per token and MB of each way."""
-    rows = []
-    for end in [*range(WINDOW, new, max(1, new // WINDOW // 4) * WINDOW), new]:
-        values = [(1000 * np.mean(run["seconds"][end - WINDOW:end]), run["held"][min(end, new - 1) - 1])
-                  for run in runs.values()]
-        rows.append([f"{end - WINDOW} to {end}", *(cell for ms, mb in values
-                                                   for cell in (f"{ms:.0f}", f"{mb:,.0f}"))])
-    return rows
 
 
 def main():

@@ -17,8 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from experiments.ablate import GVMS
-from experiments.long_rollout import window_means
-from experiments.shared import interval
+from experiments.shared import interval, window_means
 from experiments.side_by_side import EQUAL_KL, LABELS, METHODS, at_kl, curve
 
 NOT_KEPT = "# Numbers whose runs are not kept"          # the last section of results/README.md has no files
@@ -342,8 +341,11 @@ def cost_of_comparators():
         if trl:
             ratios = [run[key] / runs[trl][key] for key in ("sec_step", "peak")]
             beside = "{:.2f} and {:.2f}".format(*ratios)
-        of_ppo = run["sec_step"] / runs["ppo"]["sec_step"], counted[name]["step"] / counted["ppo"]["step"]
-        ratios = ["", ""] if name == "ppo" else [f"{ratio:.3f}" for ratio in of_ppo]
+        ratios = ["", ""]
+        if name != "ppo":
+            ratios[0] = f"{run['sec_step'] / runs['ppo']['sec_step']:.3f}"
+        if name != "ppo" and name in counted:
+            ratios[1] = f"{counted[name]['step'] / counted['ppo']['step']:.3f}"
         yield row(labels[name], f"{run['sec_step']:.1f}", *ratios, f"{run['peak'] / 2**20:,.0f}", beside)
     big = steps["124M, 4 rows, 64 + 128 tokens; comparators"]["measured"]
     ratios = [f"{big[name]['sec_step'] / big['ppo']['sec_step']:.3f} of PPO's for {labels[name]}"
@@ -351,7 +353,7 @@ def cost_of_comparators():
     yield ", ".join(ratios)
     share = [run["planned"] / run["peak"] for run in big.values()]
     small = [run["planned"] / run["peak"] for run in runs.values() if "planned" in run]
-    yield (f"plans {min(share):.2f} to {max(share):.2f} of the peak at 124M, {min(small):.2f} to "
+    yield (f"it comes to {min(share):.2f} to {max(share):.2f} of the peak at 124M, {min(small):.2f} to "
            f"{max(small):.2f} at 14M")
 
 
@@ -373,7 +375,11 @@ def long_rollout():
     for cells in window_means(data["runs"], data["new"]):
         yield row(*cells)
     growing, static = data["runs"].values()
-    yield f"planned to hold {growing['planned']:.0f} MB"
+    more = "{:.0f} % more, the static one {:.0f} %".format(
+        *(100 * (run["held"][-1] / run["planned"] - 1) for run in (growing, static)))
+    yield f"planned to hold {growing['planned']:.0f} MB; at the end the growing one holds {more}"
+    short = read("bench_cpu.json")["decode"]["shapes"]["124M"]
+    yield f"({short['static']:.2f} seconds against {short['rollout']:.2f}"
     yield f"{sum(static['seconds']):.0f} seconds for the whole rollout, against {sum(growing['seconds']):.0f}"
     last, first = (np.mean(growing["seconds"][part]) for part in (slice(-64, None), slice(64)))
     yield f"the last tokens take {last / first:.1f} times as long as the first"

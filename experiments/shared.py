@@ -33,7 +33,7 @@ def seeds_parser(doc, **kwargs):
     kwargs |= dict(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p = argparse.ArgumentParser(**kwargs)
     p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
-    p.add_argument("--report", action="store_true", help="run nothing")
+    p.add_argument("--report", action="store_true", help="train nothing")
     return p
 
 
@@ -56,6 +56,22 @@ def interval(x, digits=2, sign=""):
 def table(names, rows):
     """A Markdown table -> its lines."""
     return ["| " + " | ".join(map(str, row)) + " |" for row in (names, ["---"] * len(names), *rows)]
+
+
+WINDOW = 64                                             # tokens
+
+
+def window_means(runs, new):
+    """Of a rollout of `new` tokens, {way: seconds and MB after each} -> rows: tokens, ms per token and MB of
+    each way. The first of the new tokens is read off the prompt, so that there are new - 1 steps."""
+    rows = []
+    for end in [*range(WINDOW, new, max(1, new // WINDOW // 4) * WINDOW), new]:
+        last, cells = min(end, new - 1), [f"{end - WINDOW} to {end}"]
+        for run in runs.values():
+            cells += [f"{1000 * np.mean(run['seconds'][last - WINDOW:last]):.0f}",
+                      f"{run['held'][last - 1]:,.0f}"]
+        rows.append(cells)
+    return rows
 
 
 def final(folder):

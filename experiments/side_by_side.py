@@ -14,10 +14,6 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.seeds import STEPS, prepare, read, rows_of
@@ -52,7 +48,7 @@ LIKE = {"dr_grpo": "grpo"}                              # takes that one's tuned
 DONE = {("dvpo", 0.1): "dvpo", ("dvpo", 0.15): "dvpo_kl0.15", ("dvpo_no_tau", 0.1): "dvpo_no_tau",
         ("dvpo_no_tau", 0.2): "dvpo_no_tau_kl0.2", ("ppo", 0.1): "ppo"}
 METHODS = dict(dvpo="DVPO", dvpo_no_tau="DVPO, no tau", ppo="PPO", dpo="DPO", remax="ReMax", grpo="GRPO")
-LABELS = METHODS | dict(dr_grpo="Dr. GRPO")             # which is on the curves alone
+LABELS = METHODS | dict(dr_grpo="GRPO, no std, token mean")         # on the curves alone
 
 
 def reward_model(seed):
@@ -93,11 +89,17 @@ def run(job):
     return out
 
 
-def seconds_per_step(job):
-    """The median of 40 steps, one thread, with no other run beside."""
-    out = f"out/seeds/{job[0]}/comparators/seconds_{job[1]}"
+def timed(method):
+    """40 steps at the method's settings -> their folder."""
+    best = tuned(LIKE.get(method, method))[1]
+    job = CURVE_SEEDS[0], method, best["lr"], best.get("kl_coef", DEFAULT_KL)
+    out = f"out/seeds/{CURVE_SEEDS[0]}/comparators/seconds_{method}"
     script, flags, own = command(job)
     stage(script, out, *flags, "--max-steps", 40, *own)
+    return out
+
+
+def seconds_per_step(out):
     return float(np.median(np.diff([row["seconds"] for row in rows_of(f"{out}/metrics.jsonl")])))
 
 
@@ -144,15 +146,14 @@ def measure(seeds):
         if method in GRID:
             found["tuning"][method] = settings
     for method in METHODS:
-        lr, kl = best[method]["lr"], best[method].get("kl_coef", DEFAULT_KL)
-        found["seconds"][method] = seconds_per_step((CURVE_SEEDS[0], method, lr, kl))
+        found["seconds"][method] = seconds_per_step(timed(method))
         runs = found["runs"][method] = []
         for seed in seeds:
             ppo = f"out/seeds/{seed}/ppo"
             begin, end = rows_of(f"{ppo}/metrics.jsonl")[0]["gold"], final(ppo)["final"]
             out = f"out/seeds/{seed}/{method}"
             if method in GRID:
-                out = run((seed, method, lr, kl))
+                out = run((seed, method, best[method]["lr"], best[method]["kl_coef"]))
             runs.append(ended(out) | dict(reach=reach(out, begin, end)))
     for method, coefficients in CURVES.items():
         folders = {(seed, kl): run((seed, method, best[method]["lr"], kl))
@@ -178,6 +179,11 @@ def at_kl(points, kl):
 
 
 def plot(curves, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(7, 4.5))
     for method, points in curves.items():
         _, kl, gold = zip(*curve(points), strict=True)
@@ -215,8 +221,8 @@ def lines_of(data):
              "seconds per step", "of all steps", "models in memory", "parameters held", "trained"]
     lines += [*table(names, cells), "", "## Gold reward against KL", "",
               f"Five KL coefficients (of DPO: beta), seeds {' and '.join(map(str, CURVE_SEEDS))}: gold "
-              "reward at KL, means; in the last columns read off the line between two points. Dr. GRPO: "
-              "`--scale none --loss-mean token`, at GRPO's learning rate.", "",
+              "reward at KL, means; in the last columns read off the line between two points. No std, token "
+              "mean: `--scale none --loss-mean token`, at GRPO's learning rate.", "",
               "![gold reward against KL](comparators.png)", ""]
     cells = []
     for method, points in data["curves"].items():
@@ -248,6 +254,8 @@ def main():
                 jobs += [(seed, method, best["lr"], best["kl_coef"]) for seed in args.seeds]
             jobs += [(seed, method, best["lr"], kl) for kl in CURVES[method] for seed in CURVE_SEEDS]
         two_at_a_time(run, dict.fromkeys(jobs))         # a run may be in two lists
+        for method in METHODS:                          # with no other run beside
+            timed(method)
     report(args.seeds)
 
 

@@ -1,7 +1,8 @@
 """Theorem 3.1: do a reward model and a GVM from the same rows give the policy the same gradient, and can the
 reward be read back from Q?
 
-    python data/toy.py && python experiments/seeds.py && python experiments/theorem.py       half an hour more
+    python data/toy.py && python experiments/seeds.py
+    python experiments/theorem.py --seeds 11 12                         some 40 minutes more on two cores
 
 For n of the offline rows, a GVM and (on pairs out of the same n rows) a reward model are trained, both for
 nine passes over the rows. Both, and the gold reward, then give a policy gradient of the SFT model on the same
@@ -156,9 +157,9 @@ def spread(runs, key):
 
 
 def report(seeds, cosines, back):
-    data = dict(command="python experiments/theorem.py", commit=commit(),
-                machine=machine("one thread a training run"), seeds=seeds, rollouts=ROLLOUTS,
-                gradients=cosines, read_back=back)
+    command = f"python experiments/theorem.py --seeds {' '.join(map(str, seeds))}"
+    data = dict(command=command, commit=commit(), machine=machine("one thread a training run"), seeds=seeds,
+                rollouts=ROLLOUTS, gradients=cosines, read_back=back)
     lines = ["# Theorem 3.1 on the review world", "",
              f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
              f"{', '.join(map(str, seeds))}; mean (smallest to largest). {ROLLOUTS:,} rollouts of the SFT "

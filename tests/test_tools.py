@@ -131,10 +131,10 @@ def test_sample():
     assert talk.returncode == 0 and len(talk.stdout) > 5, talk.stderr
 
 
-def completion(text, tokens_in, tokens_out):
-    """What a chat API returns."""
-    usage = dict(prompt_tokens=tokens_in, completion_tokens=tokens_out)
-    return json.dumps(dict(choices=[dict(message=dict(content=text))], usage=usage)).encode()
+def completion(text, **usage):
+    """What a chat API returns; some do not say what was used."""
+    reply = dict(choices=[dict(message=dict(content=text))])
+    return json.dumps(reply | (dict(usage=usage) if usage else {})).encode()
 
 
 def verdict(number, body):
@@ -144,18 +144,19 @@ def verdict(number, body):
     answers = [part.split(">: ", 1)[1].strip() for part in user.split("\n<response")[1:]]
     scores = [min(5, len(answer.split())) for answer in answers]
     failures = {1: (500, b"{}"), 2: (429, b"{}"), 3: (200, b"cut short"),
-                4: (200, completion("I would rather not.", 7, 5))}
+                4: (200, completion("I would rather not.", prompt_tokens=7, completion_tokens=5))}
     if body["model"] == "no-such":
         return 401, b"who are you"
     if body["model"] == "first":                        # likes whatever it reads first
-        return 200, completion("Score 1: 5\nScore 2: 3 Evaluation evidence: x", 0, 0)
+        return 200, completion("Score 1: 5\nScore 2: 3 Evaluation evidence: x")
     if body["model"] == "picky" and "question 3" in user:
         return 400, b"too long"
     if number in failures:
         return failures[number]
-    if len(scores) == 1:
-        return 200, completion(f"Score: {scores[0]} Evaluation evidence: its length", 100, 10)
-    return 200, completion("\n".join(f"Score {i}: {x}" for i, x in enumerate(scores, 1)), 100, 10)
+    said = f"Score: {scores[0]} Evaluation evidence: its length"
+    if len(scores) > 1:
+        said = "\n".join(f"Score {i}: {x}" for i, x in enumerate(scores, 1))
+    return 200, completion(said, prompt_tokens=100, completion_tokens=10)
 
 
 class Api(http.server.BaseHTTPRequestHandler):
