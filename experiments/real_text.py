@@ -114,13 +114,14 @@ def measure(job):
                  mean=accuracies(rows, [q[1:].mean() for q in values]))
     if meta["tau_pairs"]:
         v0 = [np.array([q[0] for q in values])]
-        for draw in range(1, TAUS):
+        for draw in range(1, TAUS if share == 1 else 1):
             drawn = token_values(model, tok, rows, meta, 100 * draw + seed)
             v0.append(np.array([q[0] for q in drawn]))
         rewards = [np.mean([rows[i]["reward"] for i in index]) for index in rows.by_policy.values()]
         averages = [np.mean(v0[0][index]) for index in rows.by_policy.values()]
-        found |= dict(v0=accuracies(rows, v0[0]), v0_averaged=accuracies(rows, np.mean(v0, 0)),
-                      v0_correlation=train_gvm.correlation(rewards, averages))
+        found |= dict(v0=accuracies(rows, v0[0]), v0_correlation=train_gvm.correlation(rewards, averages))
+        if len(v0) > 1:
+            found["v0_averaged"] = accuracies(rows, np.mean(v0, 0))
     return found
 
 
@@ -139,7 +140,7 @@ def yardsticks():
 
 
 def report(jobs):
-    runs = [measure(job) for job in jobs]
+    runs = two_at_a_time(measure, jobs)
     sft, spent = read("out/real/sft/summary.json"), rows_of("out/real/sft/metrics.jsonl")[-1]["seconds"]
     files = "--train alpaca_eval_train.jsonl.gz --valid alpaca_eval_valid.jsonl.gz"
     command = f"python experiments/real_text.py {files}"

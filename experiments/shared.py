@@ -39,7 +39,7 @@ def seeds_parser(doc, **kwargs):
 
 def two_at_a_time(function, jobs):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(function, jobs))
+        return list(pool.map(function, jobs))
 
 
 def interval(x, digits=2, sign=""):
