@@ -291,12 +291,15 @@ def real_text():
     for k, part in (0, "all pairs"), (1, "left out"):
         tau = [whole["tau", seed] for seed in seeds]
         bare = [whole["no tau", seed]["mean"][k] for seed in seeds]
-        by = [interval([run[key][k] for run in tau], 3) for key in ("mean", "v0")]
+        by = [interval([run[key][k] for run in tau], 3) for key in ("mean", "v0", "v0_averaged")]
         yield row(part, interval(bare, 3), *by)
         gain = interval(np.subtract([run["mean"][k] for run in tau], bare), 3, "+")
         yield f"{gain} ({part})"
         yield f"{gain} in the GVM's pair accuracy" if k == 0 else f"{gain} where a policy was left out"
     yield f"mean rewards alone would give {data['yardsticks']['the better policy wins'][0]:.3f}"
+    shares = {(run["arm"], run["share"]): run["mean"][0] for run in data["runs"] if run["seed"] == 1}
+    for share in sorted({share for _, share in shares}):
+        yield row(f"{share:g}", *(f"{shares[arm, share]:.3f}" for arm in ("no tau", "tau")))
     for name, (every, left_out) in data["yardsticks"].items():
         yield row(name, f"{every:.3f}", f"{left_out:.3f}")
     yield f"{data['sft']['heldout_loss']:.2f} nats per token"
