@@ -56,6 +56,7 @@ PAPER = {
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2,
                kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512, max_steps=1000,
                save_every=100, advantage="delta"),
+    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": {},             # comparators/, over rl
 }
 TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_length=256, max_new_tokens=32, grad_accum=1),
@@ -64,6 +65,7 @@ TINY = {
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
                max_prompt_length=128, max_new_tokens=32, max_steps=100),
+    "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3),
 }
 PRESETS = {                     # one line per model
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY, reward="data/toy.py:gold_reward",
@@ -80,10 +82,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def flags(doc, argv, *stages):
-    """-> the parser with the flags that every stage has, and the defaults of the --model that argv names.
-
-    --model is a name of PRESETS, or a hub id or local folder, which takes the paper's hyper-parameters.
-    """
+    """-> the parser with the flags that every stage has, and the defaults of the --model that argv names: of
+    PRESETS, or the paper's for a hub id or local folder."""
     p = argparse.ArgumentParser(description=doc, formatter_class=Help)
     p.add_argument("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or local folder")
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]

@@ -31,7 +31,7 @@ import common
 
 
 def parse_args(argv=None):
-    p, d = common.flags(__doc__, argv, "rm", "rl")
+    p, d = common.flags(__doc__, argv, "rm", "rl", "dpo")
     p.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
     p.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")

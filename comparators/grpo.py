@@ -36,7 +36,7 @@ import common
 
 
 def parse_args(argv=None):
-    p, d = common.flags(__doc__, argv, "rl")
+    p, d = common.flags(__doc__, argv, "rl", "grpo")
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
     p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--clip", type=float, default=0.2, help="eps of the ratio")
-    p.add_argument("--kl-coef", type=float, default=0.04, help="beta, of the KL in the loss (paper 0.04)")
+    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     args = common.parse(p, argv)

@@ -34,7 +34,7 @@ import common
 
 
 def parse_args(argv=None):
-    p, d = common.flags(__doc__, argv, "rl")
+    p, d = common.flags(__doc__, argv, "rl", "remax")
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
     p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
