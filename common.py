@@ -9,6 +9,7 @@ What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` 
 `mask` (B, T) is True from a_0 to the first <eos>; both are built from lengths, and token 0 fills the rest.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
@@ -30,13 +31,15 @@ from transformers.utils import logging as hf_logging
 
 # isort: off
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
-from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model, trunk_fingerprint
+from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
+from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan, positions
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, deepspeed, die
 from runtime.processes import finish, gathered, missing_model, rank, seed, start, world, write_json
-from runtime.rows import Rows, batch_indices, load_function, only_text, read_rows, show_batch
+from runtime.rows import Rows, batch_indices, check_lengths, load_function, only_text, one_side, read_rows
+from runtime.rows import show_batch
 # isort: on
 
 hf_logging.set_verbosity_error()
@@ -49,7 +52,7 @@ DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.
 PAPER = {
     "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024,
                 grad_accum=8, save_every=500),
-    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=1024, tau_pairs=3, tau_length=128, lora_rank=8,
+    "gvm": dict(lr=2e-6, batch_size=32, epochs=1, max_length=2048, tau_pairs=3, tau_length=128, lora_rank=8,
                 lora_alpha=32, lora_dropout=0.1, grad_accum=16, save_every=500),
     "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32,
                lora_dropout=0.1),
@@ -94,7 +97,7 @@ def flags(doc, argv, *stages):
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
     context = positions(d.id)                           # defaults must fit into it
-    for key, share in ("max_length", 1), ("max_prompt_length", 2), ("max_new_tokens", 2):
+    for key, share in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):      # the rest: tau
         if vars(d).get(key, 0) > context // share:
             setattr(d, key, context // share)
             if os.environ.get("RANK", "0") == "0":
@@ -136,6 +139,13 @@ def parse(p, argv):
 # Models: a causal LM with named LoRA adapters and named scalar heads
 
 
+class Fp32Linear(nn.Linear):
+    """Linear map with fp32 weights, also beside a bf16 trunk: bf16 would round the accumulated gradient."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class LoRA(nn.Module):
     """y = base(x) + alpha/r B A dropout(x), named adapters, at most one of them on (arXiv 2106.09685)."""
 
@@ -147,8 +157,8 @@ class LoRA(nn.Module):
     def add(self, name, r, alpha, dropout):
         w = self.base.weight
         d_in, d_out = w.shape if self.transposed else w.shape[::-1]
-        self.A[name] = nn.Linear(d_in, r, bias=False, dtype=w.dtype, device=w.device)
-        self.B[name] = nn.Linear(r, d_out, bias=False, dtype=w.dtype, device=w.device)
+        self.A[name] = Fp32Linear(d_in, r, bias=False, device=w.device)
+        self.B[name] = Fp32Linear(r, d_out, bias=False, device=w.device)
         nn.init.kaiming_uniform_(self.A[name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.B[name].weight)             # the adapted model starts as the base model
         self.scale[name], self.dropout[name] = alpha / r, dropout
@@ -167,10 +177,10 @@ class LoRA(nn.Module):
 
 
 class Head(nn.Linear):
-    """Scalar head in fp32, whatever its weights' dtype: bf16 rounds away Q's steps from token to token."""
+    """Scalar head in fp32, whatever the trunk's dtype: bf16 rounds away Q's steps from token to token."""
 
     def forward(self, h):
-        return F.linear(h.float(), self.weight.float(), self.bias.float())
+        return F.linear(h.float(), self.weight.float(), self.bias.float())      # a critic's may be bf16
 
 
 class LM(nn.Module):
@@ -178,7 +188,9 @@ class LM(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.heads, self.adapters = lm, nn.ModuleDict(), {}
+        self.lm = lm
+        self.heads, self.adapters = nn.ModuleDict(), {}
+        self.active = None                              # name of the adapter that is on
         self.fingerprint = trunk_fingerprint(lm)        # now, as ZeRO-3 will shard the weights
 
     def add_adapter(self, name, r, alpha, dropout=0.0):
@@ -190,14 +202,19 @@ class LM(nn.Module):
             layer.add(name, r, alpha, dropout)
         self.adapters[name] = dict(r=r, alpha=alpha, dropout=dropout)
 
-    def add_head(self, name, sees_token=False):
+    def add_head(self, name, sees_token=False, token_scale=None):
         """A scalar head on the last hidden state h_t, zero at first.
 
-        sees_token: on [h_t, h_{t-1} * embedding of token t]; with tied embeddings this sums to its logit.
+        sees_token: on [h_t, token_scale * h_{t-1} * e(a_t)], e(a_t) the row of a_t in the output embedding:
+        the product sums to the logit of a_t. Its entries are small (0.02 or so), and a zero head would hardly
+        learn from them: token_scale, by default 1 / rms(e), brings them to the size of h_t.
         """
-        w = self.lm.get_input_embeddings().weight
-        self.heads[name] = Head(w.shape[1] * (1 + sees_token), 1, dtype=w.dtype, device=w.device)
-        self.heads[name].sees_token = sees_token
+        w = self.lm.get_output_embeddings().weight
+        if sees_token and token_scale is None:
+            norm = torch.linalg.vector_norm(w.detach(), dtype=torch.float32).item()
+            token_scale = math.sqrt(w.numel()) / norm
+        self.heads[name] = Head(w.shape[1] * (1 + sees_token), 1, device=w.device)
+        self.heads[name].sees_token, self.heads[name].token_scale = sees_token, token_scale
         nn.init.zeros_(self.heads[name].weight)
         nn.init.zeros_(self.heads[name].bias)
 
@@ -211,8 +228,21 @@ class LM(nn.Module):
 
     def switch(self, name=None):
         """Turn this adapter on and every other one off; None leaves the bare trunk."""
+        self.active = name
         for layer in self.lora_layers():
             layer.active = name
+
+    @contextlib.contextmanager
+    def switched(self, name):
+        """Inside, this adapter is on; afterwards, the one that was."""
+        before = self.active
+        self.switch(name)
+        yield
+        self.switch(before)
+
+    def recompute_contexts(self):
+        """For activation checkpointing: a recomputation in the backward pass uses its forward's adapter."""
+        return contextlib.nullcontext(), self.switched(self.active)
 
     def merged_state_dict(self, adapter=None, keep=True):
         """State dict of the plain transformers model, on the CPU, one adapter merged into its weights.
@@ -246,6 +276,13 @@ class LM(nn.Module):
         at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(0, length - 1)       # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
+    def end_ids(self, tok):
+        """Ids that end an answer, (E,): the tokenizer's eos and those of the generation configuration."""
+        named = self.lm.generation_config.eos_token_id          # None, an id, or a list of ids
+        named = named if isinstance(named, list) else [named]
+        ids = {tok.eos_token_id, *named} - {None}
+        return torch.tensor(sorted(ids), device=self.lm.device)
+
     def logits(self, h):
         """(N, D) -> (N, V), with the scale (Cohere, Granite) or cap (Gemma 2) of the configuration."""
         config, logits = self.lm.config.get_text_config(), self.lm.get_output_embeddings()(h)
@@ -253,6 +290,12 @@ class LM(nn.Module):
         logits = logits if scale == 1 else logits * scale
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def output_embedding(self, ids):
+        """Rows of the output embedding, frozen: (B, T) -> (B, T, D)."""
+        weight = self.lm.get_output_embeddings().weight
+        with gathered([weight]):
+            return weight.detach()[ids]
 
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at the T+1 states.
@@ -264,7 +307,7 @@ class LM(nn.Module):
         sees_token = head is not None and self.heads[head].sees_token
         h = self.hidden(ids, attn, T + sees_token, cache)
         if sees_token:
-            token = self.lm.get_input_embeddings()(ids[:, -T - 1:])
+            token = self.output_embedding(ids[:, -T - 1:]) * self.heads[head].token_scale
             h = torch.cat([h[:, 1:], h[:, :-1] * token], -1)            # (B, T+1, 2 D)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
@@ -382,8 +425,9 @@ def load_model(path, args=None, trainable=True):
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
     model = LM(lm.requires_grad_(trainable)).to("cuda" if CUDA else "cpu")
-    if args and args.gradient_checkpointing:            # works in train() mode only
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    if getattr(args, "gradient_checkpointing", False):  # works in train() mode only
+        how = dict(use_reentrant=False, context_fn=model.recompute_contexts)
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     with torch.no_grad():                               # LM.logits may lack what this one does: compare a row
         ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size
         logp = lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -412,7 +456,9 @@ def ds_config(args, model, rows, accum=1):
     if args.offload:                                    # with torch's own AdamW, which needs no compiler
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
         config["zero_force_ds_cpu_optimizer"] = False
-    return config | decided | dict(bf16=dict(enabled=next(model.parameters()).dtype == torch.bfloat16))
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad} or {p.dtype for p in model.parameters()}
+    # Adapters and heads are fp32 and stay so, on a trunk of any dtype. A whole model trains in its own.
+    return config | decided | dict(bf16=dict(enabled=torch.bfloat16 in dtypes))
 
 
 def engine(model, args, lr, rows, accum=1):
@@ -457,6 +503,16 @@ def refresh(actor, model):
                 own.copy_(trained)
 
 
+def adapt_kl_coef(kl_coef, kl, kl_before, target):
+    """The KL coefficient of the next step, by at most a tenth up or down: kl in nats per response.
+
+    As in arXiv 1909.08593, eq. (3), but for the KL where it is heading, five steps ahead at its present
+    speed: a coefficient that is wound down while the KL still rises comes back too late.
+    """
+    ahead = kl + 5 * (kl - kl_before)
+    return kl_coef * (1 + 0.1 * min(max(ahead / target - 1, -1), 1))
+
+
 def set_lr(engine, lr):
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -495,15 +551,28 @@ def encode_messages(tok, messages):
     return ids[1:] if ids[:2] == [tok.bos_token_id] * 2 else ids
 
 
-def encode_response(tok, text):
-    """Response -> ids with eos appended by hand (add_eos_token is ignored by some tokenizers)."""
-    return tok(only_text(tok, text), add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
+def encode_response(tok, text, ended=True):
+    """Response -> ids; if it ended, with eos by hand (some tokenizers ignore add_eos_token)."""
+    ids = tok(only_text(tok, text), add_special_tokens=False)["input_ids"]
+    return ids + [tok.eos_token_id] if ended else ids
+
+
+def encode_row(tok, row):
+    """The response of a data row -> ids, without an eos where the row says that it was cut.
+
+    Rows from tools/label.py carry the sampled ids: text that is encoded anew may become other tokens.
+    """
+    if "ids" in row and row.get("tokenizer") == tokenizer_fingerprint(tok):
+        return row["ids"]
+    return encode_response(tok, row["response"], row.get("ended", True))
 
 
 def append_to_prefix(tok, prefix, ids):
-    """prefix + ids, with bos only at the beginning."""
-    repeated = prefix and ids and ids[0] == tok.bos_token_id != tok.eos_token_id
-    return prefix + (ids[1:] if repeated else ids)
+    """prefix + ids, with bos only at the beginning. A bos that opens every turn (ChatML) stays."""
+    opens_text = ids[:1] == [tok.bos_token_id] and ids.count(tok.bos_token_id) == 1
+    if prefix and opens_text and tok.bos_token_id != tok.eos_token_id:
+        return prefix + ids[1:]
+    return prefix + ids
 
 
 def prepend_tau(tok, tau, prompt, room, tau_length):
@@ -521,6 +590,23 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
     return append_to_prefix(tok, prefix, prompt), spans
 
 
+def draw_tau(tok, buffer, pairs, room, tau_length, rng):
+    """Question-answer pairs out of the buffer (prompts, responses), at least one -> ids of tau, its pairs.
+
+    Drawn pairs that do not fit into `room` tokens are passed over for others. Where not one fits whole, the
+    shortest prompt is cut from the left.
+    """
+    buffer, tau = list(zip(*buffer, strict=True)), []
+    for i in rng.permutation(len(buffer)):
+        _, spans = prepend_tau(tok, [*tau, buffer[i]], [], room, tau_length)
+        if len(tau) < pairs and len(spans) > len(tau):
+            tau.append(buffer[i])
+    if not tau:
+        prompt, response = min(buffer, key=lambda pair: len(pair[0]))
+        tau = [(prompt[len(response[:tau_length]) - room:], response)]
+    return prepend_tau(tok, tau, [], room, tau_length)[0], len(tau)
+
+
 def frame(prompts, responses, device="cpu"):
     """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T). One T on all ranks, or ZeRO-3 would hang."""
     P, T = max(map(len, prompts)), all_max(max(map(len, responses)))
@@ -536,10 +622,10 @@ def pack(tok, row, before, max_length, tau_length):
 
     Responses before are cut to tau_length tokens; all that stands before the last one has half of max_length.
     """
-    pairs = [(encode_prompt(tok, r["prompt"]), encode_response(tok, r["response"])) for r in before]
+    pairs = [(encode_prompt(tok, r["prompt"]), encode_row(tok, r)) for r in before]
     half = max_length // 2
     ids, spans = prepend_tau(tok, pairs, encode_prompt(tok, row["prompt"])[-half:], half, tau_length)
-    response = encode_response(tok, row["response"])[:max_length - len(ids)]
+    response = encode_row(tok, row)[:max_length - len(ids)]         # one that is cut here has no eos either
     spans = [(before[k], begin, end) for k, begin, end in spans]
     return ids + response, [*spans, (row, len(ids), len(ids) + len(response))]
 

@@ -33,6 +33,7 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import common
 
@@ -43,8 +44,8 @@ def parse_args(argv=None):
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
     p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="the global value model, from train_gvm.py")
-    p.add_argument("--reward", default=d.reward,
-                   help="FILE.py:function(prompt, response) -> float, logged as gold and never trained on")
+    p.add_argument("--gold", default=d.reward,
+                   help="FILE.py:function(prompt, response) -> float, logged and never trained on")
     p.add_argument("--out", default=f"{d.out}/dvpo", help="folder to write")
     p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
@@ -59,8 +60,8 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
     p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
     p.add_argument("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
-    p.add_argument("--advantage", choices=("q", "delta"), default=d.advantage,
-                   help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]")
+    p.add_argument("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
+                   help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
     p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
     p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response (Ziegler: 6)")
@@ -77,14 +78,16 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
         decode = common.StaticDecoder(decode, args.max_new_tokens)
-    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    end_ids = model.end_ids(tok)                                  # (E,)
+    response, mask = [], []
     for t in range(args.max_new_tokens):
         cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
-        ended = ended | (token == tok.eos_token_id)
+        ended = ended | (token[:, None] == end_ids).any(1)
         if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
             break
         decode(token)
@@ -114,15 +117,32 @@ def advantage(q, mask, kind, sigma):
 
     kind q: A = Q~, eq. (2); delta: Q[t] - Q[t-1], what a_t did to the value. 0 outside the mask.
     """
+    if kind == "authors":
+        return gae_without_reward(q[:, :-1], mask)
     a = q[:, 1:] if kind == "q" else q[:, 1:] - q[:, :-1]
     mean, std = common.masked_moments(a, mask)
     return (a - mean) / std.clamp(min=sigma) * mask
 
 
+def gae_without_reward(v, mask, lam=0.95):
+    """What the authors' released code has: GAE over whitened values, without a reward at the end.
+
+    v (B, T), the value before each token -> (B, T), 0 outside the mask. With lambda 1 this is -v.
+    """
+    mean, std = common.masked_moments(v, mask)
+    v = (v - mean) / std * mask
+    after = F.pad(v[:, 1:], (0, 1))                               # 0 behind the last token
+    a, adv = torch.zeros_like(v[:, 0]), torch.zeros_like(v)
+    for t in reversed(range(v.shape[1])):
+        a = (after[:, t] - v[:, t] + lam * a) * mask[:, t]
+        adv[:, t] = a
+    return adv
+
+
 def main(argv=None):
     args = parse_args(argv)
     data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
-    reward = common.load_function(args.reward)
+    gold = common.load_function(args.gold)
     tok = common.load_tokenizer(args.init_from)
     device = common.start(args)
 
@@ -131,9 +151,13 @@ def main(argv=None):
     length = args.max_prompt_length + args.max_new_tokens
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
-    tau_room = meta["max_length"] // 2                            # tokens of tau and prompt together
-    common.check_context(trunk, tau_room + args.max_new_tokens, "--max-new-tokens after tau")
     tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
+    tau_length = min(meta["tau_length"], args.max_new_tokens)     # tokens of an answer in tau
+    tau_room = meta["max_length"] - length                        # no position that the GVM was not trained on
+    if tau_room < 0 or (tau_pairs and tau_room <= tau_length):
+        common.die(f"--gvm {args.gvm}: trained on {meta['max_length']} tokens, too few for {length} of prompt "
+                   f"and response and over {tau_length} of tau; lower --max-new-tokens or "
+                   "--max-prompt-length, or train the GVM with a larger --max-length")
     model, adapter = trunk, "policy"
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
@@ -152,13 +176,25 @@ def main(argv=None):
     first, state = checkpoints.load()
     shown = "gold", "kl", "q_mean", "ended", "length"
     metrics = common.Metrics(args.out, args.max_steps, "dvpo", shown, policy, first)
+
+    def encode_prompts(step):
+        index = common.batch_indices(len(data), batch, step, args.seed)
+        return [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+
     kl_coef = state.get("kl_coef", args.kl_coef)
+    kl_before = state.get("kl", 0.0)                              # of the last step
     buffer = state.get("buffer")                                  # prompts and responses of the last rollouts
+    if buffer is None and tau_pairs and not args.dry_run:         # tau must not show the answers it values
+        prompts = encode_prompts(args.max_steps)                  # of the step that would follow the last
+        common.refresh(actor, model)
+        policy.eval()
+        ids, _, mask, _ = rollout(actor, prompts, tok, args, device, adapter)
+        buffer = prompts, common.unpad(ids, mask)
 
     for step in range(first, args.max_steps):
         seconds = {}
         index = common.batch_indices(len(data), batch, step, args.seed)
-        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        prompts = encode_prompts(step)
 
         # 1. rollout
         with common.clock(seconds, "generate"):
@@ -178,9 +214,9 @@ def main(argv=None):
 
             # 3. value, given tau: some of the policy's own latest answers, read once for all rows
             rng = np.random.default_rng([args.seed, step, common.rank()])
-            tau = draw_tau(buffer or (prompts, responses), tau_pairs, rng)
-            room = tau_room - max(map(len, prompts))
-            tau_ids, _ = common.prepend_tau(tok, tau, [], room, meta["tau_length"])
+            tau_ids, tau_shown = [], 0
+            if tau_pairs:
+                tau_ids, tau_shown = common.draw_tau(tok, buffer, tau_pairs, tau_room, tau_length, rng)
             cache = common.read_prefix(trunk, tau_ids, "gvm", "gvm", device)
             after_tau = [common.append_to_prefix(tok, tau_ids, p)[len(tau_ids):] for p in prompts]  # one bos
             gvm_ids, gvm_attn, _ = common.frame(after_tau, responses, device)
@@ -222,29 +258,25 @@ def main(argv=None):
         # 6. log, save, adapt the KL coefficient
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         row = {key: common.token_mean(stats, key) for key in ("loss", "clip_frac", "kl_step")}
-        if reward:
-            row["gold"] = np.mean([reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
+        if gold:
+            row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         q_mean, q_std = common.masked_moments(q[:, 1:], mask)
         adv_std = common.masked_moments(adv, mask)[1]
         row |= dict(seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(),
                     adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates,
-                    entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(),
-                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
+                    entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
+                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()),
+                    tau_pairs=tau_shown, tau_tokens=len(tau_ids))
         row = metrics.log(step, **row)
-        kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000
+        kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
+        kl_before = row["kl"]
         if (step + 1) % args.save_every == 0:
             common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
-        checkpoints.save(step, kl_coef=kl_coef, buffer=buffer)
+        checkpoints.save(step, kl_coef=kl_coef, kl=kl_before, buffer=buffer)
 
     common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
     common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, reward, args, device, adapter)
-
-
-def draw_tau(buffer, pairs, rng):
-    """Up to `pairs` (prompt ids, response ids) out of the buffer."""
-    buffer = list(zip(*buffer, strict=True))
-    return [buffer[i] for i in rng.permutation(len(buffer))[:pairs]]
+    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device, adapter)
 
 
 if __name__ == "__main__":

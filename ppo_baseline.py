@@ -12,8 +12,10 @@ eq. (3) of arXiv 2502.16944 v1 with
     A = GAE(reward, V), gamma 1, lambda 0.95, whitened;   G = A + V_old
     critic: 1/2 max((V - G)^2, (clip(V, V_old +- eps) - G)^2)
 
-The critic starts from the reward model. Reference (adapter off) and reward model (adapter on) share a frozen
-trunk, as reference and GVM do in dvpo.py: PPO has every saving that DVPO has but --lora.
+The critic starts from the reward model, its head included and in units of the standardised score.
+--critic-from gvm starts it from the GVM: Q of a token is V of the state that it leads to. Reference (adapter
+off) and reward model (adapter on) share a frozen trunk, as reference and GVM do in dvpo.py: PPO has every
+saving that DVPO has but --lora.
 
 Choices that the paper leaves open
 1. Rewards are the reward model's scores, standardised by those of the last 100 batches of its training.
@@ -34,6 +36,10 @@ import torch.nn.functional as F
 import common
 
 
+RM_FLAGS = ("pairs", "rm_lr", "rm_batch_size", "rm_epochs", "rm_max_steps", "max_length", "lora_rank",
+            "lora_alpha", "lora_dropout")
+
+
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rm", "rl")
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
@@ -41,6 +47,9 @@ def parse_args(argv=None):
     p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
     p.add_argument("--rm", default=f"{d.out}/rm/model", help="reward model; trained first if not there")
     p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
+    p.add_argument("--critic-from", choices=("rm", "gvm"), default="rm", help="what the critic starts from")
+    p.add_argument("--freeze-critic", action="store_true", help="leave the critic as it starts")
+    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
     p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
     p.add_argument("--out", default=f"{d.out}/ppo", help="folder to write")
     p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
@@ -75,7 +84,11 @@ def parse_args(argv=None):
     rm.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     rm.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
     rm.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
-    return common.parse(p, argv)
+    args = common.parse(p, argv)
+    # What is asked of the reward model's training: one that is there already must have been trained so.
+    args.rm_asked = {key: value for key, value in vars(args).items()
+                     if key in RM_FLAGS and value != p.get_default(key)}
+    return args
 
 
 @torch.no_grad()
@@ -85,14 +98,16 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
         decode = common.StaticDecoder(decode, args.max_new_tokens)
-    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    end_ids = model.end_ids(tok)                                  # (E,)
+    response, mask = [], []
     for t in range(args.max_new_tokens):
         cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
         u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
-        ended = ended | (token == tok.eos_token_id)
+        ended = ended | (token[:, None] == end_ids).any(1)
         if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
             break
         decode(token)
@@ -168,7 +183,7 @@ def train_reward_model(args, tok, device):
     metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine, first)
 
     def frame(rows):                                              # 2 B rows: the chosen, then the rejected
-        sides = [dict(r, response=r[side]) for side in ("chosen", "rejected") for r in rows]
+        sides = [common.one_side(pair, side) for side in ("chosen", "rejected") for pair in rows]
         return common.packed_frame([common.pack(tok, r, [], args.max_length, 0) for r in sides], device)
 
     if args.dry_run:
@@ -186,17 +201,38 @@ def train_reward_model(args, tok, device):
         metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
         checkpoints.save(step, seen=seen)
     engine.eval()
-    right, seen = [], torch.cat(seen)
+    right, seen = torch.zeros((), device=device), torch.cat(seen)
     with torch.no_grad():
-        for step in range(-(-len(heldout) // batch)):
-            index = common.batch_indices(len(heldout), batch, step, args.seed)
-            chosen, rejected = scores(engine, *frame([heldout[i] for i in index])).chunk(2)
-            right.append(chosen > rejected)
+        for start in range(0, len(heldout), batch):
+            own = range(start + common.rank(), start + batch, common.world())       # as many on every rank
+            chosen, rejected = scores(engine, *frame([heldout[i % len(heldout)] for i in own])).chunk(2)
+            new = torch.tensor([i < len(heldout) for i in own], device=device)      # no pair counts twice
+            right += ((chosen > rejected) & new).sum()
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
-    meta = common.mean_over_ranks(dict(mean=mean, std=std, accuracy=torch.cat(right).float().mean()))
-    common.save_adapter(rm, "rm", tok, args.rm, init_from=args.init_from, **meta)
+    accuracy = common.all_sum(right) / len(heldout)
+    meta = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
+    meta |= common.mean_over_ranks(dict(mean=mean, std=std, accuracy=accuracy))
+    common.save_adapter(rm, "rm", tok, args.rm, **meta)
     if common.rank() == 0:
         print(f"reward model: held-out pair accuracy {meta['accuracy']:.3f}; wrote {args.rm}")
+
+
+def check_reward_model(args, meta):
+    """Refuse flags of the reward model's training that the one in --rm was not trained with."""
+    for key, asked in args.rm_asked.items():
+        if meta.get(key, asked) != asked:
+            common.die(f"--{key.replace('_', '-')} {asked}: the reward model in {args.rm} was trained with "
+                       f"{meta[key]}; name another --rm, or remove that one to train it anew")
+
+
+@torch.no_grad()
+def start_critic(critic, trunk, name, mean, std):
+    """Make the critic the trunk with this adapter and its head, in units where (mean, std) are (0, 1)."""
+    critic.lm.load_state_dict(trunk.merged_state_dict(name))
+    head = trunk.heads[name]
+    critic.add_head("critic", head.sees_token, head.token_scale)
+    critic.heads["critic"].weight.copy_(head.weight / std)
+    critic.heads["critic"].bias.copy_((head.bias - mean) / std)
 
 
 def main(argv=None):
@@ -216,25 +252,39 @@ def main(argv=None):
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     if reward is None:
         meta = common.load_adapter(trunk, tok, args.rm, f"rm -r {args.rm}; python ppo_baseline.py")
+        check_reward_model(args, meta)
     model = common.load_model(args.init_from, args)
-    critic_model = common.load_model(args.init_from, args)
-    critic_model.lm.load_state_dict(trunk.merged_state_dict(None if reward else "rm"))
-    critic_model.add_head("critic")
+    critic_model = common.load_model(args.init_from, args, trainable=not args.freeze_critic)
+    if args.critic_from == "gvm":                                 # in units of the rewards of this run
+        gvm = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+        unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
+        start_critic(critic_model, trunk, "gvm", *unit)
+    elif reward is None:
+        start_critic(critic_model, trunk, "rm", meta["mean"], meta["std"])
+    else:
+        critic_model.add_head("critic")
     models, kv_cache = {"policy": model, "critic": critic_model, "frozen": trunk}, (args.batch_size, length)
     common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
-    critic = common.engine(critic_model, args, args.critic_lr, args.mini_batch_size, args.grad_accum)
+    engines = dict(policy=policy)
+    if args.freeze_critic:
+        critic = common.frozen(critic_model, args)
+    else:
+        critic = common.engine(critic_model, args, args.critic_lr, args.mini_batch_size, args.grad_accum)
+        engines |= dict(critic=critic)
     trunk = common.frozen(trunk, args)
 
     batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
     opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
     common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, policy=policy, critic=critic)
+    checkpoints = common.Checkpoints(args, args.out, **engines)
     first, state = checkpoints.load()
     shown = "gold", "kl", "score", "ended", "length"
     metrics = common.Metrics(args.out, args.max_steps, "ppo", shown, policy, first)
     kl_coef = state.get("kl_coef", args.kl_coef)
+    kl_before = state.get("kl", 0.0)                              # of the last step
+    buffer = state.get("buffer")                                  # the last rollouts, for the GVM's tau
 
     for step in range(first, args.max_steps):
         seconds = {}
@@ -259,7 +309,16 @@ def main(argv=None):
             ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
 
             # 3. value of the critic before each token, and the reward of the whole response
-            values = common.forward_in_micro_batches(critic, *rows, head="critic")[:, :-1]          # (B, T)
+            seen_by_critic = ids, attn
+            if args.critic_from == "gvm":
+                rng = np.random.default_rng([args.seed, step, common.rank()])
+                tau = buffer or (prompts, responses), gvm["tau_pairs"], gvm["max_length"] - length
+                tau_ids = common.draw_tau(tok, *tau, min(gvm["tau_length"], args.max_new_tokens), rng)[0]
+                after_tau = [common.append_to_prefix(tok, tau_ids, p) for p in prompts]
+                seen_by_critic = common.frame(after_tau, responses, device)[:2]
+                buffer = prompts, responses
+            parts = *seen_by_critic, T, order, args.mini_batch_size
+            values = common.forward_in_micro_batches(critic, *parts, head="critic")[:, :-1]         # (B, T)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
             if reward:                                                                              # (B,)
                 score = [reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)]
@@ -280,10 +339,11 @@ def main(argv=None):
         # 5. update
         with common.clock(seconds, "train"):
             policy.train()
-            critic.train()
+            critic.train(not args.freeze_critic)
             if args.lr_decay:
                 common.set_lr(policy, args.lr * (1 - step / args.max_steps))
-                common.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
+                if not args.freeze_critic:
+                    common.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
             stats, updates = [], 0
             for epoch in range(args.ppo_epochs):
                 if epoch > 0:
@@ -298,10 +358,12 @@ def main(argv=None):
                         scale = common.world() * args.grad_accum                # DeepSpeed divides by both
                         policy.backward(loss * share * scale)
                         policy.step()
-                        v = critic(ids[m], attn[m], T, head="critic")[:, :-1]
-                        v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
-                        critic.backward(v_loss * share * scale)
-                        critic.step()
+                        v_loss = value_loss(values[m], values[m], returns[m], mask[m], args.clip)
+                        if not args.freeze_critic:
+                            v = critic(*(x[m] for x in seen_by_critic), T, head="critic")[:, :-1]
+                            v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
+                            critic.backward(v_loss * share * scale)
+                            critic.step()
                         stat |= dict(loss=loss.detach(), value_loss=v_loss.detach(), n=mask[m].sum())
                         stats.append(stat)
                     updates += 1
@@ -317,13 +379,14 @@ def main(argv=None):
         adv_std = common.masked_moments(adv, mask)[1]
         row |= dict(seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
                     adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
-                    entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(),
+                    entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
                     length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
         row = metrics.log(step, **row)
-        kl_coef *= 1 + float(np.clip(row["kl"] / args.kl_target - 1, -0.2, 0.2)) * batch / 10_000
+        kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
+        kl_before = row["kl"]
         if (step + 1) % args.save_every == 0:
             common.save_model(model, tok, os.path.join(args.out, "model"))
-        checkpoints.save(step, kl_coef=kl_coef)
+        checkpoints.save(step, kl_coef=kl_coef, kl=kl_before, buffer=buffer)
 
     common.save_model(model, tok, os.path.join(args.out, "model"))
     common.refresh(actor, model)

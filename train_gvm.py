@@ -13,14 +13,16 @@ every row is the last of one sequence. Objective: eq. (1) of arXiv 2502.16944 v1
     L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,
     G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}), and the reward of the response at its last token.
 
-No gradient flows into G. Q is also trained at the last prompt token, t = -1, towards gamma G_0: V(s_0), what
-this policy will get on this prompt. The head reads [h_t, h_{t-1} * e(a_t)], hidden states and the embedding
-of a_t: the product tells whether the trunk expected that token.
+No gradient flows into G. An answer that was cut (its row says ended: false) has no <eos>, and its reward is
+lower by --missing-eos-penalty: Q sees it coming that an answer will not end. Q is also trained at the last
+prompt token, t = -1, towards gamma G_0: V(s_0), what this policy will get on this prompt. The head reads
+[h_t, h_{t-1} * e(a_t)], hidden states and the output embedding of a_t: the product tells whether the trunk
+expected that token.
 
 Deviations from the paper
 1. TD(lambda) with lambda 0.95. The paper's lambda = 0 carries the reward back by one token per update.
-2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its running
-   mean and sigma are saved either way; the sigma bounds the divisor of dvpo.py's advantage from below.
+2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its mean and
+   sigma at the end of training are saved; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
 4. Answers in tau are cut to --tau-length tokens, where their reward then stands, and tau and prompt get half
    of --max-length: three whole answers of 1,024 tokens would leave no room for the response.
@@ -60,6 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
+    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="off the reward of an answer cut")
     p.add_argument("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
@@ -117,21 +120,29 @@ def gvm_loss(q, score, mask, args):
 class Labelled(common.Rows):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, missing_eos_penalty):
         rows = []
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
             for line in common.read_rows(path, *kinds):
-                pair = ("chosen", 1, "chosen_policy"), ("rejected", -1, "rejected_policy")
-                sides = [("response", line["reward"], "policy")] if "reward" in line else pair
-                for side, reward, policy in sides:
-                    row = dict(response=line[side], reward=float(reward), policy=line.get(policy))
-                    rows.append(dict(row, prompt=line["prompt"]))
+                if "reward" in line:
+                    rows.append(dict(line, policy=line.get("policy")))
+                else:
+                    rows.append(dict(common.one_side(line, "chosen"), reward=1))
+                    rows.append(dict(common.one_side(line, "rejected"), reward=-1))
+        for row in rows:
+            row.setdefault("policy", None)
+            row["reward"] = float(row["reward"]) - missing_eos_penalty * (not row.get("ended", True))
         super().__init__(rows)
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy."""
         return [] if policy is None else self.draw(policy, prompt, pairs, rng)
+
+
+def row_length(tok, row):
+    """Tokens of a row without a tau."""
+    return len(common.encode_prompt(tok, row["prompt"])) + len(common.encode_row(tok, row))
 
 
 def training_frame(sequences, device):
@@ -274,12 +285,15 @@ def show(gvm, tok, prompt, response, tau, args, device):
 def main(argv=None):
     args = parse_args(argv)
     tok = common.load_tokenizer(args.init_from)
-    data = Labelled([args.heldout] if args.show else args.data)
+    data = Labelled([args.heldout] if args.show else args.data, args.missing_eos_penalty)
     device = common.start(args)
     gvm = common.load_model(args.init_from, args, trainable=False)
     if args.show or args.eval_only:
         return use_trained(args, gvm, tok, data, device)
-    heldout = Labelled([args.heldout])
+    heldout = Labelled([args.heldout], args.missing_eos_penalty)
+    rewards = [row["reward"] for row in data]
+    if np.std(rewards) == 0:
+        common.die("--data: all rewards are equal, so that there is nothing to learn from them")
     if set(data.by_policy) == {None}:                           # no names, no tau: dvpo.py must not use one
         args.tau_pairs = 0
     common.check_context(gvm, args.max_length, "--max-length")
@@ -287,8 +301,10 @@ def main(argv=None):
     gvm.add_head("gvm", sees_token=not args.plain_head)
     common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
     if common.rank() == 0:
-        rewards = [row["reward"] for row in data]
-        print(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}")
+        cut = np.mean([not row.get("ended", True) for row in data])
+        print(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}; "
+              f"{cut:.0%} of the answers never end")
+    common.check_lengths(data, lambda row: row_length(tok, row), args.max_length)
     engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                    # rows per update, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
@@ -324,17 +340,19 @@ def main(argv=None):
             loss += loss_m.detach()
             q.append(q_m.detach())
 
-        # 3. running moments of Q over response tokens, for dvpo.py; log, save
+        # 3. moments of Q over response tokens, a mean of about the last five updates; log, save
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
-        running = moments if running is None else 0.99 * running + 0.01 * moments
+        running = moments if running is None else running.lerp(moments, 0.2)
         n_tokens, (q_mean, q_std) = common.all_sum(mask.sum()), moments
         metrics.log(step, loss=loss * common.world(), q_mean=q_mean, q_std=q_std, tokens=n_tokens)
         checkpoints.save(step, running=running)
 
     # 4. save, measure
     engine.eval()
-    meta = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
+    kept = "tau_pairs", "tau_length", "max_length", "missing_eos_penalty", "init_from"
+    meta = {key: getattr(args, key) for key in kept}
     meta |= dict(zip(("q_mean", "q_std"), running.tolist(), strict=True))
+    meta |= dict(reward_mean=float(np.mean(rewards)), reward_std=float(np.std(rewards)))
     common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **meta)
     evaluate(engine, tok, heldout, args, device)
 

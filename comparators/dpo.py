@@ -28,6 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common
+from dvpo import rollout
 
 
 def parse_args(argv=None):
@@ -48,28 +49,9 @@ def parse_args(argv=None):
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="of samples: its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a sample")
     p.add_argument("--temperature", type=float, default=1.0, help="of samples")
+    p.add_argument("--static-cache", action="store_true", help="sample with CUDA graphs, for speed")
     p.add_argument("--lora", action="store_true", help="train the policy as an adapter (rank 8, alpha 32)")
     return common.parse(p, argv)
-
-
-@torch.no_grad()
-def rollout(model, prompts, tok, args, device, adapter=None):
-    """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
-    decode = common.Decoder(model, ids, attn, adapter)
-    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
-    for t in range(args.max_new_tokens):
-        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
-        response.append(token.masked_fill(ended, 0))
-        mask.append(~ended)
-        ended = ended | (token == tok.eos_token_id)
-        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-            break
-        decode(token)
-    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
-    return *common.append_responses(ids, attn, response, mask), ended
 
 
 def dpo_loss(logp, ref_logp, beta):
@@ -80,7 +62,7 @@ def dpo_loss(logp, ref_logp, beta):
 
 def frame(tok, rows, args, device):
     """Pairs -> the frame of 2 B rows, the chosen responses first."""
-    sides = [dict(r, response=r[side]) for side in ("chosen", "rejected") for r in rows]
+    sides = [common.one_side(pair, side) for side in ("chosen", "rejected") for pair in rows]
     return common.packed_frame([common.pack(tok, r, [], args.max_length, 0) for r in sides], device)
 
 

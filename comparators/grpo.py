@@ -33,6 +33,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common
+from dvpo import rollout
 
 
 def parse_args(argv=None):
@@ -57,6 +58,7 @@ def parse_args(argv=None):
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
+    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--clip", type=float, default=0.2, help="eps of the ratio")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")
@@ -66,26 +68,6 @@ def parse_args(argv=None):
     if args.group_size < 2 or args.batch_size % args.group_size:
         common.die(f"--batch-size {args.batch_size}: must be a multiple of --group-size, which is 2 or more")
     return args
-
-
-@torch.no_grad()
-def rollout(model, prompts, tok, args, device, adapter=None):
-    """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
-    decode = common.Decoder(model, ids, attn, adapter)
-    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
-    for t in range(args.max_new_tokens):
-        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
-        response.append(token.masked_fill(ended, 0))
-        mask.append(~ended)
-        ended = ended | (token == tok.eos_token_id)
-        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-            break
-        decode(token)
-    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
-    return *common.append_responses(ids, attn, response, mask), ended
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, weight, args):
@@ -205,7 +187,7 @@ def main(argv=None):
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         row |= dict(seconds, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl,
                     score=score.mean(), no_signal=no_signal, ratio_first=stats[0]["ratio"],
-                    entropy=-(old_logp * mask).sum() / mask.sum(), ended=ended.float().mean(),
+                    entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
                     length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
         metrics.log(step, **row)
         checkpoints.save(step)

@@ -62,7 +62,9 @@ def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
     """A response per prompt, the last `greedy` ones without sampling: lists of ids -> as in dvpo.py."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
     decode = common.Decoder(model, ids, attn, adapter)
-    ended, response, mask = torch.zeros(len(prompts), dtype=torch.bool, device=device), [], []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    end_ids = model.end_ids(tok)                                  # (E,)
+    response, mask = [], []
     is_greedy = torch.arange(len(prompts), device=device) >= len(prompts) - greedy
     for t in range(args.max_new_tokens):
         cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
@@ -71,7 +73,7 @@ def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
         token = torch.where(is_greedy, decode.logits.argmax(-1), token)
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
-        ended = ended | (token == tok.eos_token_id)
+        ended = ended | (token[:, None] == end_ids).any(1)
         if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
             break
         decode(token)
@@ -175,7 +177,7 @@ def main(argv=None):
             pairs = zip(index, texts[:args.batch_size], strict=True)
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in pairs])
         row |= dict(kl=((old_logp - ref_logp) * mask).sum(1).mean(), ended=ended.float().mean(),
-                    entropy=-(old_logp * mask).sum() / mask.sum(), length=mask.sum(1).float().mean(),
+                    entropy=-common.masked_moments(old_logp, mask)[0], length=mask.sum(1).float().mean(),
                     tokens=n_tokens)
         metrics.log(step, **row)
         checkpoints.save(step)

@@ -262,7 +262,10 @@ def pair_up(rows, rng):
             if a["reward"] != b["reward"]:
                 win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
                 pair = dict(prompt=a["prompt"], chosen=win["response"], rejected=lose["response"])
-                pairs.append(dict(pair, chosen_policy=win["policy"], rejected_policy=lose["policy"]))
+                for key in ("policy", "ended", "ids"):              # the last two: rows of tools/label.py
+                    if key in win:
+                        pair |= {f"chosen_{key}": win[key], f"rejected_{key}": lose[key]}
+                pairs.append(pair | {"tokenizer": a["tokenizer"]} if "tokenizer" in a else pair)
     rng.shuffle(pairs)
     return pairs
 

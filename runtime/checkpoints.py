@@ -4,6 +4,7 @@ save_model writes a transformers folder, save_adapter a GVM or reward model, Che
 Open this file to save another format. What a stage itself must remember goes into Checkpoints.save.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ def must_be_finite(model, what):
 def save_model(model, tok, folder, adapter=None):
     """Write a plain transformers folder, with the adapter merged into the weights."""
     must_be_finite(model, f"the weights for {folder}")
+    ids = model.end_ids(tok).tolist()                           # what training took for the end of an answer
+    model.lm.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
     with new_folder(folder) as tmp:
         state = model.merged_state_dict(adapter, keep=rank() == 0)
         if rank() == 0:
@@ -53,11 +56,16 @@ def trunk_fingerprint(lm):
     return digest.hexdigest()[:16]
 
 
+@functools.lru_cache(4)
+def tokenizer_fingerprint(tok):
+    """A hash of what turns text into ids: the vocabulary, bos, eos and the chat template."""
+    words = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+
+
 def fingerprints(model, tok):
     """What an adapter of this model needs: hashes of the trunk and of the tokenizer."""
-    words = [sorted(tok.get_vocab().items()), tok.bos_token, tok.eos_token, tok.chat_template]
-    digest = hashlib.sha256(json.dumps(words).encode())
-    return dict(trunk=model.fingerprint, tokenizer=digest.hexdigest()[:16])
+    return dict(trunk=model.fingerprint, tokenizer=tokenizer_fingerprint(tok))
 
 
 def save_adapter(model, name, tok, folder, **meta):
@@ -70,6 +78,7 @@ def save_adapter(model, name, tok, folder, **meta):
             save_file(weights, os.path.join(tmp, "adapter.safetensors"))
             about = dict(name=name, **model.adapters[name], **fingerprints(model, tok), **meta)
             about["sees_token"] = model.heads[name].sees_token
+            about["token_scale"] = model.heads[name].token_scale
             write_json(os.path.join(tmp, "adapter.json"), about)
 
 
@@ -84,8 +93,12 @@ def load_adapter(model, tok, folder, made_by):
     for what, fingerprint in fingerprints(model, tok).items():
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
+    tied = model.lm.get_input_embeddings().weight is model.lm.get_output_embeddings().weight
+    sees_token = meta.get("sees_token", False)
+    if sees_token and "token_scale" not in meta and not tied:
+        die(f"{folder}: its head reads the input embedding, as older versions did; train it again: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
-    model.add_head(meta["name"], meta.get("sees_token", False))
+    model.add_head(meta["name"], sees_token, meta.get("token_scale", 1.0 if sees_token else None))
     for key, p in model.adapter_parameters(meta["name"]).items():
         p.requires_grad_(False).copy_(own[key])
     return meta

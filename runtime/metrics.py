@@ -28,9 +28,10 @@ def masked_moments(x, mask):
 
 
 def token_mean(stats, key):
-    """Mean over tokens of the means of micro-batches: [{key: mean, n: tokens}, ...] -> scalar tensor."""
-    n = torch.stack([s["n"] for s in stats])
-    return (torch.stack([s[key] for s in stats]) * n).sum() / n.sum()
+    """Mean over the tokens of all ranks, from means of micro-batches: [{key: mean, n: tokens}, ...] -> scalar."""
+    n = torch.stack([s["n"] for s in stats]).float()
+    total = (torch.stack([s[key] for s in stats]) * n).sum()
+    return all_sum(total) / all_sum(n.sum())
 
 
 def mean_over_ranks(metrics):

@@ -66,13 +66,20 @@ def check_row(line, kinds):
     if keys is None:
         raise ValueError("needs the keys " + ", or ".join(" ".join(keys) for keys in kinds))
     texts = dict(prompt=prompt_text(row["prompt"]) if "prompt" in keys else "-")
-    for key in ("response", "chosen", "rejected", "policy", "chosen_policy", "rejected_policy"):
-        if key in keys or (key.endswith("policy") and row.get(key) is not None):
+    optional = "policy", "chosen_policy", "rejected_policy", "system"
+    for key in ("response", "chosen", "rejected", *optional):
+        if key in keys or (key in optional and row.get(key) is not None):
             texts[key] = row[key]
     for key, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"{key} must be a string, not {str(text)[:40]!r}")
         text.encode()                                   # fails on half a character
+    for side in ("", "chosen_", "rejected_"):
+        if not isinstance(row.get(side + "ended", True), bool):
+            raise ValueError(f"{side}ended must be true or false, not {str(row[side + 'ended'])[:40]!r}")
+        ids = row.get(side + "ids", [0])
+        if not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+            raise ValueError(f"{side}ids must be a list of token ids, not {str(ids)[:40]!r}")
     if "reward" in keys:
         if not is_finite_number(row["reward"]):
             raise ValueError(f"the reward must be a finite number, not {str(row['reward'])[:40]!r}")
@@ -98,6 +105,20 @@ def prompt_text(prompt):
     if "user" not in [message["role"] for message in prompt]:
         raise ValueError("messages need a turn of the user")
     return "".join(message["content"] for message in prompt)
+
+
+def one_side(pair, side):
+    """The chosen or the rejected answer of a pair, as a row {prompt, response[, policy, ended, ids, ...]}."""
+    about = {key.removeprefix(side + "_"): x for key, x in pair.items() if key.startswith(side + "_")}
+    return dict(about, prompt=pair["prompt"], response=pair[side], tokenizer=pair.get("tokenizer"))
+
+
+def check_lengths(rows, encode, max_length, n=1000):
+    """Say of how many of the first n rows the answer is cut: encode(row) -> tokens of prompt and answer."""
+    some = rows[:n]
+    cut = sum(encode(row) > max_length for row in Progress(some, desc="lengths", delay=2, leave=False))
+    if cut and rank() == 0:
+        print(f"--max-length {max_length} cuts {cut} of the first {len(some)} answers", file=sys.stderr)
 
 
 def batch_indices(n, size, step, seed):

@@ -5,10 +5,16 @@
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward-model FOLDER_OR_ID --to rows.jsonl
     python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl           learns from both
 
-Rows are {prompt, response, reward, policy}; policy is --name, with the temperature where that is not 1. A GVM
-that never saw the mistakes of the policy it guides is fooled by them. A few thousand rows of the SFT model
-itself, some at temperatures above 1, are a cheap remedy. Beside --to stands *_pairs.jsonl, the same rows as
-pairs for a reward model. The same command again continues an interrupted run.
+Rows are {prompt, response, reward, policy, ended, ids, tokenizer}. policy is --name, with the temperature
+where that is not 1. ended is false for an answer that --max-new-tokens cut. ids are the sampled tokens, which
+encoding the text anew need not give.
+
+A row of --prompts may hold a system message, {prompt, system, policy}. The answer is then sampled behind it,
+and the labelled row shows the prompt alone, under that policy's name: one model plays several policies.
+
+A GVM that never saw the mistakes of the policy it guides is fooled by them. A few thousand rows of the SFT
+model itself, some at temperatures above 1, are a cheap remedy. Beside --to stands *_pairs.jsonl, the same
+rows as pairs for a reward model. The same command again continues an interrupted run.
 """
 import argparse
 import json
@@ -26,7 +32,7 @@ from data.toy import pair_up
 
 
 def score_with(path, device):
-    """A sequence-classification checkpoint -> function(prompts, responses) -> list of floats."""
+    """A sequence-classification checkpoint -> function(prompts, responses, ended) -> list of floats."""
     from transformers import AutoModelForSequenceClassification
 
     tok, only_safe = common.load_tokenizer(path), dict(use_safetensors=True, output_loading_info=True)
@@ -40,9 +46,9 @@ def score_with(path, device):
     rm.to(device).eval()
     rm.config.pad_token_id = int(tok.eos_token_id == 0)     # not eos: the head is read at the last non-pad
 
-    def score(prompts, responses):
-        rows = [common.encode_prompt(tok, p) + common.encode_response(tok, r)
-                for p, r in zip(prompts, responses, strict=True)]
+    def score(prompts, responses, ended):
+        rows = [common.encode_prompt(tok, p) + common.encode_response(tok, r, e)
+                for p, r, e in zip(prompts, responses, ended, strict=True)]
         ids, attn, _ = common.frame([[]] * len(rows), rows, device)
         ids = ids.masked_fill(attn == 0, rm.config.pad_token_id)
         return rm(ids, attention_mask=attn).logits[:, 0].tolist()
@@ -62,6 +68,15 @@ def keep_whole_batches(path, n, batch_size):
     return done
 
 
+def behind_system(row):
+    """The prompt of a row, its system message in front where it has one."""
+    prompt = row["prompt"]
+    if not row.get("system"):
+        return prompt
+    turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
+    return [dict(role="system", content=row["system"]), *turns]
+
+
 @torch.no_grad()
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
@@ -77,19 +92,21 @@ def main(argv=None):
                    help="one per batch, in turn; above 1 makes more mistakes")
     p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
     p.add_argument("--static-cache", action="store_true", help="as in dvpo.py")
+    p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
     if min(args.n, args.batch_size, args.max_new_tokens, *args.temperatures) <= 0:
         common.die("--n, --batch-size, --max-new-tokens and --temperatures must be above 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prompts, tok = common.read_rows(args.prompts, ["prompt"]), common.load_tokenizer(args.policy)
-    policy = common.load_model(args.policy, trainable=False).eval()
+    policy = common.load_model(args.policy, args, trainable=False).eval()
+    fingerprint = common.tokenizer_fingerprint(tok)
     if args.reward_model:
         score = score_with(args.reward_model, device)
     else:
         reward = common.load_function(args.reward)
 
-        def score(prompts, responses):
+        def score(prompts, responses, ended):
             return [reward(p, r) for p, r in zip(prompts, responses, strict=True)]
 
     *_, parent, folder = os.path.abspath(args.policy).split(os.sep)
@@ -101,14 +118,18 @@ def main(argv=None):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
             heat = f"-T{args.temperature:g}" if args.temperature != 1 else ""
             index = range(start, min(start + args.batch_size, args.n))
-            batch = [prompts[i % len(prompts)]["prompt"] for i in index]
+            batch = [prompts[i % len(prompts)] for i in index]
             torch.manual_seed(args.seed * 1_000_003 + start)    # of the batch: a continued run is the same
-            encoded = [common.encode_prompt(tok, p) for p in batch]
-            ids, _, mask, _ = dvpo.rollout(policy, encoded, tok, args, device)
-            texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
-            for prompt, text, number in zip(batch, texts, score(batch, texts), strict=True):
-                row = dict(prompt=prompt, response=text, reward=number, policy=name + heat)
-                f.write(json.dumps(row) + "\n")
+            encoded = [common.encode_prompt(tok, behind_system(row)) for row in batch]
+            ids, _, mask, ended = dvpo.rollout(policy, encoded, tok, args, device)
+            responses = common.unpad(ids, mask)
+            texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
+            rewards = score([row["prompt"] for row in batch], texts, ended.tolist())
+            for i, row in enumerate(batch):
+                who = row.get("policy", name) + heat
+                labelled = dict(prompt=row["prompt"], response=texts[i], reward=rewards[i], policy=who,
+                                ended=bool(ended[i]), ids=responses[i], tokenizer=fingerprint)
+                f.write(json.dumps(labelled) + "\n")
             f.flush()
             bar.update(len(batch))
     with open(args.to) as f:
