@@ -58,7 +58,7 @@ PAPER = {
                lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2,
                kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512, max_steps=1000,
-               save_every=100, advantage="delta"),
+               save_every=100, advantage="delta", temperature=1.0),
     "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": {},             # comparators/, over rl
 }
 TINY = {
@@ -67,12 +67,26 @@ TINY = {
                 lora_dropout=0.0, grad_accum=1),
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
-               max_prompt_length=128, max_new_tokens=32, max_steps=100),
+               max_prompt_length=64, max_new_tokens=32, max_steps=100),
     "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3),
+}
+SMOLLM2 = {                     # settings that learn within an hour on two cores: data/smollm2.py
+    "gvm": dict(lr=1e-3, batch_size=8, max_length=400, tau_pairs=2, tau_length=32, lora_rank=16,
+                lora_dropout=0.0, grad_accum=1, save_every=50),
+    "rm": dict(rm_lr=1e-3, rm_batch_size=16, rm_epochs=1, max_length=128, lora_rank=16, lora_dropout=0.0),
+    "rl": dict(lr=1e-5, critic_lr=1e-5, batch_size=16, mini_batch_size=8, grad_accum=1, ppo_epochs=2,
+               max_prompt_length=64, max_new_tokens=32, max_steps=40, save_every=10, temperature=0.8),
 }
 PRESETS = {                     # one line per model
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY, reward="data/toy.py:gold_reward",
                  true_q="data/toy.py:true_q"),
+    "smollm2": dict(id="data/smollm2/model", start="data/smollm2/model", data="data/smollm2", zero=0,
+                    stages=SMOLLM2, reward="data/smollm2.py:sentiment"),
+    "smollm2-360m": dict(id="HuggingFaceTB/SmolLM2-360M-Instruct"),
+    "smollm2-1.7b": dict(id="HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    "qwen3-0.6b": dict(id="Qwen/Qwen3-0.6B"),
+    "qwen3-1.7b": dict(id="Qwen/Qwen3-1.7B"),
+    "llama3-1b": dict(id="unsloth/Llama-3.2-1B-Instruct"),                      # Meta's weights, ungated
     "gpt2": dict(id="gpt2", stages=dict(rl=dict(max_new_tokens=512))),          # 1,024 positions
     "llama3-3b": dict(id="meta-llama/Llama-3.2-3B"),
     "llama3-8b": dict(id="meta-llama/Meta-Llama-3-8B", zero=3),
@@ -91,9 +105,11 @@ def flags(doc, argv, *stages):
     p.add_argument("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or local folder")
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     model = p.parse_known_args(words)[0].model
+    out = f"out/{os.path.basename(os.path.normpath(model))}"
     preset = dict(id=model, data="data/ultrafeedback", zero=1, stages={}, reward=None, true_q=None)
+    preset |= dict(start=f"{out}/sft/model")            # what the stages after SFT start from
     preset |= PRESETS.get(model, {})
-    d = argparse.Namespace(out=f"out/{os.path.basename(os.path.normpath(model))}", **preset)
+    d = argparse.Namespace(out=out, **preset)
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
     context = positions(d.id)                           # defaults must fit into it
@@ -210,6 +226,9 @@ class LM(nn.Module):
         learn from them: token_scale, by default 1 / rms(e), brings them to the size of h_t.
         """
         w = self.lm.get_output_embeddings().weight
+        if sees_token:                                  # a module of its own, which ZeRO-3 can gather
+            self.token_embedding = nn.Embedding(*w.shape, _weight=w.detach())
+            self.token_embedding.weight = w             # one parameter, not a copy
         if sees_token and token_scale is None:
             norm = torch.linalg.vector_norm(w.detach(), dtype=torch.float32).item()
             token_scale = math.sqrt(w.numel()) / norm
@@ -291,12 +310,6 @@ class LM(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def output_embedding(self, ids):
-        """Rows of the output embedding, frozen: (B, T) -> (B, T, D)."""
-        weight = self.lm.get_output_embeddings().weight
-        with gathered([weight]):
-            return weight.detach()[ids]
-
     def forward(self, ids, attn, T, adapter=None, head=None, temperature=1.0, cache=None):
         """Without `head`: log-probs of the response tokens, (B, T). With it: its scalar at the T+1 states.
 
@@ -307,7 +320,7 @@ class LM(nn.Module):
         sees_token = head is not None and self.heads[head].sees_token
         h = self.hidden(ids, attn, T + sees_token, cache)
         if sees_token:
-            token = self.output_embedding(ids[:, -T - 1:]) * self.heads[head].token_scale
+            token = self.token_embedding(ids[:, -T - 1:]).detach() * self.heads[head].token_scale
             h = torch.cat([h[:, 1:], h[:, :-1] * token], -1)            # (B, T+1, 2 D)
         if head is not None:
             return self.heads[head](h).squeeze(-1)

@@ -42,10 +42,11 @@ def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl")
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
-    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
+    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="the global value model, from train_gvm.py")
     p.add_argument("--gold", default=d.reward,
                    help="FILE.py:function(prompt, response) -> float, logged and never trained on")
+    p.add_argument("--reward", help=argparse.SUPPRESS)          # its old name
     p.add_argument("--out", default=f"{d.out}/dvpo", help="folder to write")
     p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
     p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
@@ -57,7 +58,7 @@ def parse_args(argv=None):
                    help="linear decay to 0: the last update cannot break the policy (paper: not given)")
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
+    p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
     p.add_argument("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
     p.add_argument("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
@@ -68,7 +69,10 @@ def parse_args(argv=None):
     p.add_argument("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
-    return common.parse(p, argv)
+    args = common.parse(p, argv)
+    if args.reward is not None:
+        common.die(f"--reward is --gold now, as it is not trained on: --gold {args.reward}")
+    return args
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "gvm")
     p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs")
     p.add_argument("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows to measure on")
-    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: the trunk")
+    p.add_argument("--init-from", default=d.start, help="SFT model: the trunk")
     p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
     p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
     p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
@@ -120,7 +120,7 @@ def gvm_loss(q, score, mask, args):
 class Labelled(common.Rows):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
-    def __init__(self, paths, missing_eos_penalty):
+    def __init__(self, paths, missing_eos_penalty=1.0):
         rows = []
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl", "remax")
     p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
-    p.add_argument("--init-from", default=f"{d.out}/sft/model", help="SFT model: first policy, reference")
+    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
     p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
     p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
     p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy")
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling and of scoring")
+    p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="KL coefficient")
     p.add_argument("--lora", action="store_true",

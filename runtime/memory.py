@@ -23,16 +23,20 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     """
     policy, about, kept = next(iter(models.values())), {}, 0
     element = next(policy.parameters()).element_size()
-    adam = 8 if element == 4 and not args.zero else 12  # two moments, and fp32 weights unless the model's are
+    held = gradients = optimizer = 0
     for role, model in models.items():
-        held = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        about[role] = dict(parameters=held, trainable=trained, bytes=held * element)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        about[role] = dict(parameters=sum(p.numel() for p in model.parameters()),
+                           trainable=sum(p.numel() for p in trained), bytes=weights)
+        held += weights
+        gradients += sum(p.numel() * p.element_size() for p in trained)
+        for p in trained:                               # two moments, and fp32 weights unless its own are
+            optimizer += p.numel() * (8 if p.element_size() == 4 and not args.zero else 12)
         kept = max(kept, activation_bytes(model) if trained else 0)
-    held, trained = (sum(model[key] for model in about.values()) for key in ("bytes", "trainable"))
     shards = [world() if args.zero >= stage else 1 for stage in range(4)]
-    plan = {"weights": held / shards[3], "gradients": trained * element / shards[2]}
-    plan["optimizer"] = 0 if args.offload and CUDA else trained * adam / shards[1]
+    plan = {"weights": held / shards[3], "gradients": gradients / shards[2]}
+    plan["optimizer"] = 0 if args.offload and CUDA else optimizer / shards[1]
     if args.zero == 3 and decode[0]:
         plan["a copy of the policy to decode with"] = next(iter(about.values()))["bytes"]
     config = policy.lm.config.get_text_config()

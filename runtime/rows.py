@@ -110,7 +110,8 @@ def prompt_text(prompt):
 def one_side(pair, side):
     """The chosen or the rejected answer of a pair, as a row {prompt, response[, policy, ended, ids, ...]}."""
     about = {key.removeprefix(side + "_"): x for key, x in pair.items() if key.startswith(side + "_")}
-    return dict(about, prompt=pair["prompt"], response=pair[side], tokenizer=pair.get("tokenizer"))
+    kept = {key: pair[key] for key in ("prompt", "tokenizer") if key in pair}
+    return dict(about, **kept, response=pair[side])
 
 
 def check_lengths(rows, encode, max_length, n=1000):

@@ -146,7 +146,7 @@ def test_odd_input_is_handled_as_documented():
         j(prompt="a\u0000", response="the <eos> <pad> soup", reward=0.5)
     ]
     rows, out = path("odd.jsonl"), path("odd")
-    for lines in odd, odd[:1], odd[:1] * 3:
+    for lines in odd, odd[:2], odd[:2] * 3:
         with open(rows, "wb") as f:
             f.write(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines) + b"\r\n")
         with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
@@ -156,7 +156,7 @@ def test_odd_input_is_handled_as_documented():
     with open(rows, "wb") as f:                         # one prompt, longer than the context
         f.write(odd[1])
     rl = ("--gvm", path("gvm/model"), *RL[:2], "--data", rows, "--heldout", rows, "--out", out)
-    run(dvpo, *rl, "--max-steps", "1", "--batch-size", "4", "--mini-batch-size", "2", "--reward", "")
+    run(dvpo, *rl, "--max-steps", "1", "--batch-size", "4", "--mini-batch-size", "2", "--gold", "")
     refused(lambda: dvpo.main(list(rl)), "gold_reward: ValueError in line", "''")
 
 

@@ -50,7 +50,8 @@ def test_packed_rows_equal_rows_one_by_one(tiny):
             with torch.no_grad():
                 whole = torch.tensor([prompt + response])
                 h = model.lm.base_model(whole).last_hidden_state[0]
-                token = model.lm.get_input_embeddings().weight[whole[0, 1:]]
+                embedding = model.lm.get_output_embeddings().weight
+                token = embedding[whole[0, 1:]] / embedding.pow(2).mean().sqrt()
                 x = torch.cat([h[1:], h[:-1] * token], -1)          # at the second token and after
                 v = model.heads["gvm"](x)[len(prompt) - 2:, 0].tolist()
             G = [0.0] * len(response) + [ROWS[k]["reward"]]         # the recursion of eq. (1), in floats

@@ -6,7 +6,7 @@
     python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl           learns from both
 
 Rows are {prompt, response, reward, policy, ended, ids, tokenizer}. policy is --name, with the temperature
-where that is not 1. ended is false for an answer that --max-new-tokens cut. ids are the sampled tokens, which
+where there are several. ended is false for an answer that --max-new-tokens cut. ids are the sampled tokens, which
 encoding the text anew need not give.
 
 A row of --prompts may hold a system message, {prompt, system, policy}. The answer is then sampled behind it,
@@ -116,7 +116,8 @@ def main(argv=None):
     with open(args.to, "a") as f, common.Progress(total=args.n, initial=done, desc="label") as bar:
         for start in range(done, args.n, args.batch_size):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
-            heat = f"-T{args.temperature:g}" if args.temperature != 1 else ""
+            several = len(args.temperatures) > 1
+            heat = f"-T{args.temperature:g}" if several and args.temperature != 1 else ""
             index = range(start, min(start + args.batch_size, args.n))
             batch = [prompts[i % len(prompts)] for i in index]
             torch.manual_seed(args.seed * 1_000_003 + start)    # of the batch: a continued run is the same
