@@ -675,12 +675,15 @@ def sort_by_length(order, attn, size):
 
 @torch.no_grad()
 def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, n=256):
-    """Roll out about n held-out prompts: gold reward, KL to the reference, length -> OUT/summary.json."""
-    step = args.batch_size * world()
-    sums, count = {}, -(-n // step)
+    """Roll out about n held-out prompts: gold reward, KL to the reference, length -> OUT/summary.json.
+
+    The answers of rank 0 go to OUT/samples.jsonl.
+    """
+    stride = args.batch_size * world()
+    sums, samples, count = {}, [], -(-n // stride)
     policy.eval()
     for i in range(count):
-        index = range(i * step + rank(), (i + 1) * step, world())
+        index = range(i * stride + rank(), (i + 1) * stride, world())
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
         prompt_ids = [encode_prompt(tok, p)[-args.max_prompt_length:] for p in prompts]
         ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, device, adapter)
@@ -688,12 +691,16 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
         ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
         found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(),
                      ended=ended.float().mean())
+        texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
+        answers = zip(prompts, texts, ended.tolist(), strict=True)
+        samples += [dict(prompt=p, response=text, ended=end) for p, text, end in answers]
         if reward:
-            texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
             found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / count
-    write_json(f"{args.out}/summary.json", dict(sums, rollouts=count * step, peak_bytes=peak_bytes()))
+    write_json(f"{args.out}/summary.json", dict(sums, rollouts=count * stride, peak_bytes=peak_bytes()))
     if rank() == 0:
+        with open(f"{args.out}/samples.jsonl", "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in samples)
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
         print(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")
