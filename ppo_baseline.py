@@ -35,7 +35,6 @@ import torch.nn.functional as F
 
 import common
 
-
 RM_FLAGS = ("pairs", "rm_lr", "rm_batch_size", "rm_epochs", "rm_max_steps", "max_length", "lora_rank",
             "lora_alpha", "lora_dropout")
 

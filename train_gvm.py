@@ -25,7 +25,7 @@ Deviations from the paper
    sigma at the end of training are saved; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
 4. Answers in tau are cut to --tau-length tokens, where their reward then stands, and tau and prompt get half
-   of --max-length: three whole answers of 1,024 tokens would leave no room for the response.
+   of --max-length. That is 2,048, the paper's 1,024: RL must not reach a position that was not trained.
 5. The head sees the token beside the state. The paper's, --plain-head, hardly sees rare mistakes.
 
     python train_gvm.py                                         the embedded world on a CPU

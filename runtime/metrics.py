@@ -28,7 +28,7 @@ def masked_moments(x, mask):
 
 
 def token_mean(stats, key):
-    """Mean over the tokens of all ranks, from means of micro-batches: [{key: mean, n: tokens}, ...] -> scalar."""
+    """Mean over the tokens of all ranks: means of micro-batches, [{key: mean, n: tokens}, ...] -> scalar."""
     n = torch.stack([s["n"] for s in stats]).float()
     total = (torch.stack([s[key] for s in stats]) * n).sum()
     return all_sum(total) / all_sum(n.sum())

@@ -246,8 +246,9 @@ def test_adapters_accumulate_in_fp32(zero):
     """On a bf16 trunk, 16 micro-batches: adapter and head stay fp32 and so do their gradients, saved too."""
     world()
     out = path("bf16_gvm", str(zero))
-    flags = (*GVM[:2], "--data", path("toy/gvm_small.jsonl"), "--heldout", path("toy/gvm_small.jsonl"), "--out",
-             out, "--dtype", "bf16", "--zero", zero, "--batch-size", 16, "--grad-accum", 16, "--max-steps", 2)
+    few = path("toy/gvm_small.jsonl")
+    flags = (*GVM[:2], "--data", few, "--heldout", few, "--out", out, "--dtype", "bf16", "--zero", zero,
+             "--batch-size", 16, "--grad-accum", 16, "--max-steps", 2)
     grads = []
     real = common.engine
 

@@ -259,7 +259,8 @@ def test_defaults_fit_into_the_context_of_a_folder():
         args = dvpo.parse_args(["--model", path("short")])
         given = dvpo.parse_args(["--model", path("short"), "--max-new-tokens", "500"])
         gvm = train_gvm.parse_args(["--model", path("short")])
-    assert (args.max_prompt_length, args.max_new_tokens, gvm.max_length) == (150, 300, 600)      # the rest is tau's
+    lengths = args.max_prompt_length, args.max_new_tokens, gvm.max_length
+    assert lengths == (150, 300, 600)                   # the rest is tau's
     assert given.max_new_tokens == 500 and "has 600 positions: max_new_tokens is 300" in said.getvalue()
     assert dvpo.parse_args(["--model", "llama3-3b"]).max_new_tokens == 1024
 

@@ -6,8 +6,8 @@
     python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl           learns from both
 
 Rows are {prompt, response, reward, policy, ended, ids, tokenizer}. policy is --name, with the temperature
-where there are several. ended is false for an answer that --max-new-tokens cut. ids are the sampled tokens, which
-encoding the text anew need not give.
+where there are several. ended is false for an answer that --max-new-tokens cut. ids are the sampled tokens,
+which encoding the text anew need not give.
 
 A row of --prompts may hold a system message, {prompt, system, policy}. The answer is then sampled behind it,
 and the labelled row shows the prompt alone, under that policy's name: one model plays several policies.
