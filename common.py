@@ -75,7 +75,7 @@ SMOLLM2 = {                     # settings that learn within an hour on two core
                 lora_dropout=0.0, grad_accum=1, save_every=50),
     "rm": dict(rm_lr=1e-3, rm_batch_size=16, rm_epochs=1, max_length=128, lora_rank=16, lora_dropout=0.0),
     "rl": dict(lr=1e-5, critic_lr=1e-5, batch_size=16, mini_batch_size=8, grad_accum=1, ppo_epochs=2,
-               max_prompt_length=64, max_new_tokens=32, max_steps=40, save_every=10, temperature=0.8),
+               max_prompt_length=64, max_new_tokens=32, max_steps=30, save_every=10, temperature=0.8),
 }
 PRESETS = {                     # one line per model
     "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY, reward="data/toy.py:gold_reward",

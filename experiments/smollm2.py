@@ -96,8 +96,8 @@ def measure(name, seed):
                  samples=samples[:8])
     if "gold" in rows[0]:
         found["late"] = {key: float(np.mean([row[key] for row in late])) for key in ("gold", "kl", "ended")}
-        found["curve"] = {key: [round(row[key], 4) for row in rows]
-                          for key in ("gold", "kl", "ended", "kl_coef", "seconds") if key in row}
+        kept = {"gold", "kl", "ended", "kl_coef", "seconds"} & set(rows[0])
+        found["curve"] = {key: [round(row[key], 4) for row in rows] for key in sorted(kept)}
     return found
 
 

@@ -133,15 +133,23 @@ MISTRAL_TEMPLATE = (
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
 
 
+CHATML_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
 def quirky_tokenizer(kind, **more):
-    """Byte-level BPE like Llama-3's (no pad, bos from the post-processor, no eos) or Mistral-Instruct's (no
-    pad, no spare id, chat template)."""
+    """Byte-level BPE like Llama-3's (no pad, bos from the post-processor, no eos), Mistral-Instruct's (no
+    pad, no spare id, chat template), SmolLM2's (ChatML, whose <|im_start|> is the bos) or Qwen's (no bos)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if kind == "llama":
         bos, eos, unk, template = "<|begin_of_text|>", "<|end_of_text|>", None, None
         special = [bos, eos, "<|reserved_special_token_0|>"]
+    elif kind in ("smollm2", "qwen3"):
+        bos, eos, unk, template = "<|im_start|>", "<|im_end|>", None, CHATML_TEMPLATE
+        special = ["<|endoftext|>", bos, eos]
     else:
         bos, eos, unk, template = "<s>", "</s>", "<unk>", MISTRAL_TEMPLATE
         special = [unk, bos, eos]
@@ -150,8 +158,10 @@ def quirky_tokenizer(kind, **more):
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     core.train_from_iterator([" ".join(toy.WORDS)] * 9, trainer)
-    core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
-                                                        special_tokens=[(bos, core.token_to_id(bos))])
+    if template != CHATML_TEMPLATE:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, core.token_to_id(bos))])
+    bos = None if kind == "qwen3" else bos
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, unk_token=unk,
                                    chat_template=template, **more)
 
@@ -159,17 +169,20 @@ def quirky_tokenizer(kind, **more):
 def quirky_model(kind):
     """A folder with that tokenizer and a two-layer model of that architecture, grouped queries and all."""
     if not os.path.exists(path(kind)):
-        from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+        from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
         tok = quirky_tokenizer(kind)
         torch.manual_seed(0)
-        config = dict(llama=LlamaConfig, mistral=MistralConfig)[kind](
+        configs = dict(llama=LlamaConfig, smollm2=LlamaConfig, mistral=MistralConfig, qwen3=Qwen3Config)
+        config = configs[kind](
             vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-            bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind == "llama")
+            bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind != "mistral")
         model = AutoModelForCausalLM.from_config(config)
         if kind == "mistral":                           # sampling settings that must not sneak in
             model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)
+        if kind == "qwen3":                             # two ids end an answer
+            model.generation_config.eos_token_id = [tok.eos_token_id, 0]
         model.save_pretrained(path(kind))
         tok.save_pretrained(path(kind))
     return path(kind)

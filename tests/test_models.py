@@ -76,8 +76,8 @@ def test_tokenizers_as_they_are():
         assert common.encode_prompt(tok, chat).count(tok.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_llama_and_mistral_through_all_stages(kind):
+@pytest.mark.parametrize("kind", ["llama", "mistral", "smollm2", "qwen3"])
+def test_the_presets_architectures_through_all_stages(kind):
     """Two layers, their tokenizers' quirks; a saved --lora policy generates what that in memory does."""
     world()
     from transformers import AutoModelForCausalLM
