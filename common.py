@@ -74,7 +74,7 @@ SMOLLM2 = {                     # settings that learn within an hour on two core
     "gvm": dict(lr=1e-3, batch_size=8, max_length=400, tau_pairs=2, tau_length=32, lora_rank=16,
                 lora_dropout=0.0, grad_accum=1, save_every=50),
     "rm": dict(rm_lr=1e-3, rm_batch_size=16, rm_epochs=1, max_length=128, lora_rank=16, lora_dropout=0.0),
-    "rl": dict(lr=1e-5, critic_lr=1e-5, batch_size=16, mini_batch_size=8, grad_accum=1, ppo_epochs=2,
+    "rl": dict(lr=2e-5, critic_lr=2e-5, batch_size=32, mini_batch_size=8, grad_accum=1, ppo_epochs=1,
                max_prompt_length=64, max_new_tokens=32, max_steps=30, save_every=10, temperature=0.8),
 }
 PRESETS = {                     # one line per model

@@ -177,7 +177,8 @@ def quirky_model(kind):
         config = configs[kind](
             vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-            bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, tie_word_embeddings=kind != "mistral")
+            bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+            tie_word_embeddings=kind != "mistral")
         model = AutoModelForCausalLM.from_config(config)
         if kind == "mistral":                           # sampling settings that must not sneak in
             model.generation_config.update(do_sample=True, top_k=1, temperature=0.1)

@@ -7,14 +7,14 @@ RUNTIME = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "runtime").glob
 LIMITS = {                                              # files counted together: most lines
     ("sft.py",): 165,
     ("train_gvm.py",): 380,
-    ("dvpo.py",): 260,
-    ("ppo_baseline.py",): 340,
-    ("common.py",): 600,
-    ("common.py", *RUNTIME): 1405,
+    ("dvpo.py",): 340,
+    ("ppo_baseline.py",): 400,
+    ("common.py",): 710,
+    ("common.py", *RUNTIME): 1560,
     ("test_smoke.py",): 300,
     **{(f"comparators/{name}.py",): 220 for name in ("dpo", "remax", "grpo")},
     ("README.md",): 160,
-    **{(path,): 200 for path in RUNTIME},
+    **{(path,): 210 for path in RUNTIME},
 }
 
 
