@@ -62,6 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--clip", type=float, default=0.2, help="eps of the ratio")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")
+    p.add_argument("--kl-target", type=float, help="nats per response: adapts beta to it (paper: constant)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     args = common.parse(p, argv)
@@ -70,17 +71,17 @@ def parse_args(argv=None):
     return args
 
 
-def grpo_loss(logp, old_logp, ref_logp, adv, weight, args):
+def grpo_loss(logp, old_logp, ref_logp, adv, weight, clip, kl_coef):
     """Clipped ratio and k3, negated: (B, T) each, adv (B, 1) -> scalar, {clip_frac, kl_step, ratio}.
 
     weight (B, T) is each token's share in the mean over the optimizer batch, 0 outside the responses.
     """
     log_ratio, log_ref = (logp - old_logp).clamp(-20, 20), (ref_logp - logp).clamp(-20, 20)
     ratio = log_ratio.exp()
-    gain = torch.min(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
-    loss = -((gain - args.kl_coef * (log_ref.exp() - log_ref - 1)) * weight).sum()
+    gain = torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
+    loss = -((gain - kl_coef * (log_ref.exp() - log_ref - 1)) * weight).sum()
     with torch.no_grad():
-        real, clipped = weight > 0, ((ratio - 1).abs() > args.clip).float()
+        real, clipped = weight > 0, ((ratio - 1).abs() > clip).float()
         stat = dict(clip_frac=clipped, kl_step=ratio - 1 - log_ratio, ratio=ratio)
         return loss, {key: x[real].mean() for key, x in stat.items()}
 
@@ -125,8 +126,10 @@ def main(argv=None):
     opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
     common.seed(args)
     checkpoints = common.Checkpoints(args, args.out, policy=policy)
-    first, _ = checkpoints.load()
+    first, state = checkpoints.load()
     metrics = common.Metrics(args.out, args.max_steps, "grpo", ("gold", "kl", "score"), policy, first)
+
+    kl_coef, kl_before = state.get("kl_coef", args.kl_coef), state.get("kl", 0.0)
 
     for step in range(first, args.max_steps):
         seconds = {}
@@ -176,7 +179,7 @@ def main(argv=None):
                     for m in group.split(args.mini_batch_size):             # rows of one mini-batch
                         logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
                         parts = old_logp[m], ref_logp[m], adv[m, None], weight[m] / total
-                        loss, stat = grpo_loss(logp, *parts, args)
+                        loss, stat = grpo_loss(logp, *parts, args.clip, kl_coef)
                         policy.backward(loss * scale)
                         policy.step()
                         stats.append(dict(stat, loss=loss.detach(), n=mask[m].sum()))
@@ -185,12 +188,15 @@ def main(argv=None):
         row = {key: common.token_mean(stats, key) for key in ("clip_frac", "kl_step")}
         if gold:
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
-        row |= dict(seconds, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl,
+        row |= dict(seconds, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl, kl_coef=kl_coef,
                     score=score.mean(), no_signal=no_signal, ratio_first=stats[0]["ratio"],
                     entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
                     length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
-        metrics.log(step, **row)
-        checkpoints.save(step)
+        row = metrics.log(step, **row)
+        if args.kl_target:
+            kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
+            kl_before = row["kl"]
+        checkpoints.save(step, kl_coef=kl_coef, kl=kl_before)
 
     common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
     common.refresh(actor, model)

@@ -84,7 +84,8 @@ def check_grpo(lm, reference, old, tok, folder):
         weight = mask / (mask.sum(1, keepdim=True) if loss_mean == "response" else 1)
         args = argparse.Namespace(clip=CLIP, kl_coef=BETA)
         logp = ours(ids, attn, T)
-        loss, _ = grpo.grpo_loss(logp, old_logp, ref_logp, adv[:, None], weight / weight.sum(), args)
+        loss, _ = grpo.grpo_loss(logp, old_logp, ref_logp, adv[:, None], weight / weight.sum(),
+                                 args.clip, args.kl_coef)
         found[f"GRPO, --loss-mean {loss_mean} (TRL: {loss_type})"] = compare(loss, ours, their_loss, theirs)
     return found
 

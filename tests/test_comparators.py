@@ -74,11 +74,11 @@ def test_losses_by_hand():
     logp = torch.tensor([[1.1, 1.5, 9.0]]).log()
     ref = logp + torch.tensor([[0.0, math.log(2), 3.0]])
     weight = torch.tensor([[0.5, 0.5, 0.0]])
-    loss, stat = grpo.grpo_loss(logp, old, ref, torch.ones(1, 1), weight, args)
+    loss, stat = grpo.grpo_loss(logp, old, ref, torch.ones(1, 1), weight, args.clip, args.kl_coef)
     close(loss, -(0.5 * 1.1 + 0.5 * (1.2 - 0.1 * (1 - math.log(2)))))
     close(stat["clip_frac"], 0.5)
     close(stat["ratio"], 1.3)
-    loss, _ = grpo.grpo_loss(logp, old, ref, -torch.ones(1, 1), weight, args)
+    loss, _ = grpo.grpo_loss(logp, old, ref, -torch.ones(1, 1), weight, args.clip, args.kl_coef)
     close(loss, 0.5 * 1.1 + 0.5 * (1.5 + 0.1 * (1 - math.log(2))))
 
 
