@@ -169,7 +169,8 @@ def main(argv=None):
         trunk.add_adapter("policy", r=8, alpha=32)
     else:
         model, adapter = common.load_model(args.init_from, args), None
-    models, kv_cache = {"policy": model} | ({} if args.lora else {"frozen": trunk}), (args.batch_size, length)
+    models = {"policy": model} if args.lora else {"policy": model, "frozen": trunk}
+    kv_cache = args.batch_size, length                            # rows and length of the rollout
     common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
