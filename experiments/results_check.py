@@ -16,7 +16,9 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from experiments import smollm2
 from experiments.ablate import GVMS
+from experiments.critic import RUNS as CRITIC_RUNS
 from experiments.shared import interval, window_means
 from experiments.side_by_side import EQUAL_KL, LABELS, METHODS, at_kl, curve
 
@@ -417,9 +419,35 @@ def soak():
     yield f"the launcher ended {data['rank']['seconds']:.0f} seconds later"
 
 
-CLAIMS = (demo, embedded_world, gvm_cost, comparators, earlier_draws, gvm, without_tau, last_update, lr_decay,
-          exact_values, head, ablations, theorem, real_text, cost, cost_of_comparators, cost_of_parts,
-          long_rollout, plans, soak)
+def real_language_model():
+    """results/smollm2.json: the README's table, and what results/README.md says beside it."""
+    data = read("smollm2.json")
+    yield from (re.sub(r"\|  \|", "| |", line) for line in smollm2.headline(data))
+    value = data["value"]
+    last = value["gvm"]["accuracy"]["last"]
+    yield f"The GVM took {value['gvm_seconds'] / 60:.0f} minutes of training and has {last:.3f} of held-out"
+    yield f"the reward model took {value['rm_seconds'] / 60:.0f} minutes and has {value['rm_accuracy']:.3f}"
+    for run in data["runs"]:
+        if "late" in run:
+            late = run["late"]
+            cells = f"{late['gold']:.3f}", f"{late['kl']:.2f}", f"{late['ended']:.2f}"
+            yield row(smollm2.TITLES[run["run"]], str(run["seed"]), *cells)
+
+
+def critic():
+    """results/critic.json: gold reward of the last tenth, KL, and the difference to DVPO."""
+    data = read("critic.json")
+    best = [run["final"] for run in data["runs"]["dvpo_at_1.2"]]
+    for name, (_, _, title) in CRITIC_RUNS.items():
+        runs = data["runs"][name]
+        cells = [interval([run["final"] for run in runs], 3), interval([run["kl"] for run in runs])]
+        behind = np.subtract([run["final"] for run in runs], best)
+        yield row(title, *cells, interval(behind, 3, "+") if name != "dvpo_at_1.2" else "")
+
+
+CLAIMS = (real_language_model, critic, demo, embedded_world, gvm_cost, comparators, earlier_draws, gvm,
+          without_tau, last_update, lr_decay, exact_values, head, ablations, theorem, real_text, cost,
+          cost_of_comparators, cost_of_parts, long_rollout, plans, soak)
 
 
 def pages():

@@ -112,6 +112,23 @@ def reach(curve, level, window=5):
     return step + 1, curve["seconds"][step]
 
 
+def headline(data):
+    """The rows of the README's table, from results/smollm2.json: means over seeds, on held-out topics."""
+    start = data["reference"]
+    shown = [f"{start[key]:.2f}" for key in ("gold", "ended", "distinct")]
+    rows = [["SmolLM2 itself", shown[0], "0", *shown[1:], ""]]
+    for name in RUNS:
+        runs = [run for run in data["runs"] if run["run"] == name]
+        if runs and "from" not in name:
+            row = [TITLES[name]]
+            for key, digits in ("gold", 2), ("kl", 1), ("ended", 2):
+                row.append(f"{np.mean([run['heldout'][key] for run in runs]):.{digits}f}")
+            row.append(f"{np.mean([run['distinct'] for run in runs]):.2f}")
+            row.append(f"{np.mean([run['seconds'] / run['steps'] for run in runs]):.0f}")
+            rows.append(row)
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def value_seconds():
     """Seconds of training of the GVM and of the reward model, and how well they tell held-out pairs."""
     with open(f"{OUT}/gvm/eval.json") as f:

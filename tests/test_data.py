@@ -12,7 +12,7 @@ from helpers import GVM, PROMPT, RL, j, path, quirky_tokenizer, refused, run, wo
 import common
 import dvpo
 import train_gvm
-from data import toy, ultrafeedback
+from data import smollm2, toy, ultrafeedback
 
 
 @pytest.mark.parametrize("response, gold", [
@@ -170,3 +170,29 @@ def test_text_never_becomes_a_control_token():
             assert with_it.count(special) == without.count(special), (name, with_it)
             response = common.encode_response(tok, f"{name} cold {name}")
             assert response.count(special) == (special == tok.eos_token_id)
+
+
+def test_smollm2_prompts():
+    """Many topics; no held-out one in training; three personas per prompt; the same seed, the same bytes."""
+    texts = []
+    for folder in path("smol_a"), path("smol_b"):
+        os.makedirs(folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            smollm2.make_prompts(folder, 0)
+        texts.append({})
+        for name in os.listdir(folder):
+            with open(os.path.join(folder, name)) as f:
+                texts[-1][name] = f.read()
+    assert texts[0] == texts[1]
+    rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts[0].items()}
+    train, heldout = (json.dumps(rows[f"prompts{part}.jsonl"]) for part in ("", "_heldout"))
+    topics = [topic.strip() for topic in smollm2.TOPICS.split(",")]
+    in_train = {topic for topic in topics if f" {topic}" in train}
+    in_heldout = {topic for topic in topics if f" {topic}" in heldout}
+    assert len(rows["prompts.jsonl"]) >= 400 and len(in_train) >= 100 and len(in_heldout) == 20
+    assert not in_train & in_heldout
+    for part in "", "_heldout":
+        asked, played = rows[f"prompts{part}.jsonl"], rows[f"personas{part}.jsonl"]
+        assert len(played) == 3 * len(asked) and {row["policy"] for row in played} == set(smollm2.PERSONAS)
+        assert {row["prompt"] for row in played} == {row["prompt"] for row in asked}
+        assert all(row["system"] == smollm2.PERSONAS[row["policy"]] for row in played)
