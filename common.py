@@ -67,7 +67,7 @@ TINY = {
                 lora_dropout=0.0, grad_accum=1),
     "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
-               max_prompt_length=64, max_new_tokens=32, max_steps=100),
+               kl_target=1.2, max_prompt_length=64, max_new_tokens=32, max_steps=100),
     "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3),
 }
 SMOLLM2 = {                     # settings that learn within an hour on two cores: data/smollm2.py
@@ -134,7 +134,7 @@ def flags(doc, argv, *stages):
 def parse(p, argv):
     """The arguments, after the checks that need nothing else: numbers in range, batches that divide."""
     args = p.parse_args(argv)
-    positive = ("max_new_tokens max_prompt_length ppo_epochs kl_target epochs max_length tau_length "
+    positive = ("max_new_tokens max_prompt_length ppo_epochs epochs max_length tau_length "
                 "lora_rank save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
                 "mini_batch_size grad_accum")
     for name, value in vars(args).items():
@@ -520,8 +520,10 @@ def adapt_kl_coef(kl_coef, kl, kl_before, target):
     """The KL coefficient of the next step, by at most a tenth up or down: kl in nats per response.
 
     As in arXiv 1909.08593, eq. (3), but for the KL where it is heading, five steps ahead at its present
-    speed: a coefficient that is wound down while the KL still rises comes back too late.
+    speed: a coefficient that is wound down while the KL still rises comes back too late. target 0: constant.
     """
+    if not target:
+        return kl_coef
     ahead = kl + 5 * (kl - kl_before)
     return kl_coef * (1 + 0.1 * min(max(ahead / target - 1, -1), 1))
 
@@ -641,6 +643,26 @@ def pack(tok, row, before, max_length, tau_length):
     response = encode_row(tok, row)[:max_length - len(ids)]         # one that is cut here has no eos either
     spans = [(before[k], begin, end) for k, begin, end in spans]
     return ids + response, [*spans, (row, len(ids), len(ids) + len(response))]
+
+
+def read_pairs(paths, tok, max_length):
+    """Pairs {prompt, chosen, rejected}, less those whose answers are equal once --max-length cut them."""
+    pairs, equal = [], 0
+    for path in paths:
+        for pair in read_rows(path, ["prompt", "chosen", "rejected"]):
+            start = max_length // 8                     # characters, fewer than the tokens that are left hold
+            differ = pair["chosen"][:start] != pair["rejected"][:start]
+            if not differ:
+                sides = [one_side(pair, side) for side in ("chosen", "rejected")]
+                chosen, rejected = (pack(tok, side, [], max_length, 0)[0] for side in sides)
+                differ = chosen != rejected
+            equal += not differ
+            pairs += [pair] if differ else []
+    if equal and rank() == 0:
+        print(f"--max-length {max_length}: left out {equal} pairs that it makes equal", file=sys.stderr)
+    if not pairs:
+        die(f"{', '.join(paths)}: --max-length {max_length} makes the answers of all pairs equal")
+    return pairs
 
 
 def packed_frame(sequences, device="cpu"):

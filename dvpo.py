@@ -67,7 +67,8 @@ def parse_args(argv=None):
                    help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
     p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response (Ziegler: 6)")
+    p.add_argument("--kl-target", type=float, default=d.kl_target,
+                   help="nats per response that the coefficient adapts to; 0: constant")
     p.add_argument("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")

@@ -19,7 +19,9 @@ saving that DVPO has but --lora.
 
 Choices that the paper leaves open
 1. Rewards are the reward model's scores, standardised by those of the last 100 batches of its training.
-2. A response without <eos> pays --missing-eos-penalty. KL coefficient and early stop are as in dvpo.py.
+2. A response that never ends pays --missing-eos-penalty. Early stop and the rule of the KL coefficient are as
+   in dvpo.py. The KL penalty runs through GAE and is whitened, so that equal coefficients are not equal
+   penalties: compare the two methods at one --kl-target.
 
     python ppo_baseline.py                                          the embedded world on a CPU
     python ppo_baseline.py --model llama3-3b                        one GPU
@@ -69,7 +71,8 @@ def parse_args(argv=None):
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--clip", type=float, default=0.2, help="eps, also of the value clip (paper: not given)")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target, help="nats per response (Ziegler: 6)")
+    p.add_argument("--kl-target", type=float, default=d.kl_target,
+                   help="nats per response that the coefficient adapts to; 0: constant")
     p.add_argument("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
     rm = p.add_argument_group("reward model")
     rm.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
@@ -164,9 +167,8 @@ def scores(model, ids, attn, mask):
 
 def train_reward_model(args, tok, device):
     """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
-    keys = "prompt", "chosen", "rejected"
-    train = [row for path in args.pairs for row in common.read_rows(path, keys)]
-    heldout = common.read_rows(args.pairs_heldout, keys)
+    train = common.read_pairs(args.pairs, tok, args.max_length)
+    heldout = common.read_pairs([args.pairs_heldout], tok, args.max_length)
     rm = common.load_model(args.init_from, args, trainable=False)
     rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     rm.add_head("rm")

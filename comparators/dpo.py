@@ -86,11 +86,10 @@ def score_pairs(policy, tok, rows, args, device, adapter):
 
 def main(argv=None):
     args = parse_args(argv)
-    keys = "prompt", "chosen", "rejected"
-    train = [row for path in args.pairs for row in common.read_rows(path, keys)]
-    heldout_pairs = common.read_rows(args.pairs_heldout, keys)
     heldout, gold = common.read_rows(args.heldout, ["prompt"]), common.load_function(args.gold)
     tok = common.load_tokenizer(args.init_from)
+    train = common.read_pairs(args.pairs, tok, args.max_length)
+    heldout_pairs = common.read_pairs([args.pairs_heldout], tok, args.max_length)
     device = common.start(args)
 
     # Model: the policy. With --lora it is an adapter on the frozen SFT model.

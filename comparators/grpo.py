@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     p.add_argument("--clip", type=float, default=0.2, help="eps of the ratio")
     p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")
-    p.add_argument("--kl-target", type=float, help="nats per response: adapts beta to it (paper: constant)")
+    p.add_argument("--kl-target", type=float, default=0.0, help="as in dvpo.py; 0: constant (paper)")
     p.add_argument("--lora", action="store_true",
                    help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     args = common.parse(p, argv)
@@ -193,9 +193,8 @@ def main(argv=None):
                     entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
                     length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
         row = metrics.log(step, **row)
-        if args.kl_target:
-            kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
-            kl_before = row["kl"]
+        kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
+        kl_before = row["kl"]
         checkpoints.save(step, kl_coef=kl_coef, kl=kl_before)
 
     common.save_model(model, tok, os.path.join(args.out, "model"), adapter)

@@ -130,6 +130,7 @@ def rl(argv):
 
 def runs(seed):
     argv = "--seed", seed, "--init-from", f"out/seeds/{seed}/sft/model", "--max-steps", STEPS
+    argv = *argv, "--kl-target", 0                      # a constant coefficient
     for name, flags in RUNS.items():
         stage("experiments/exact.py", f"out/exact/{seed}/{name}", "--one", *argv, *flags)
     stage("ppo_baseline.py", f"out/exact/{seed}/ppo", *argv, "--reward", "data/toy.py:gold_reward")

@@ -13,7 +13,12 @@ T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Stud
 
 
 def stage(script, out, *argv):
-    """Run one stage unless it has finished before, with these very flags; its output goes to OUT.log."""
+    """Run one stage unless it has finished before, with these very flags; its output goes to OUT.log.
+
+    The KL coefficient is constant unless they name a --kl-target: an experiment sets what it compares.
+    """
+    if script in ("dvpo.py", "ppo_baseline.py") and "--kl-target" not in argv:
+        argv = *argv, "--kl-target", 0
     done, words = os.path.join(out, "done"), " ".join(map(str, argv))
     if os.path.exists(done):
         with open(done) as f:

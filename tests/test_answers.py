@@ -1,4 +1,6 @@
 """How answers end: several end tokens, cut answers, sampled ids, tau, and the KL controller."""
+import contextlib
+import io
 import json
 import os
 
@@ -210,6 +212,7 @@ def test_kl_coefficient():
     close(common.adapt_kl_coef(0.2, 60.0, 60.0, 6.0), 0.2 * 1.1)
     close(common.adapt_kl_coef(0.2, 3.0, 3.0, 6.0), 0.2 * 0.95)
     close(common.adapt_kl_coef(0.2, 3.0, 2.0, 6.0), 0.2 * (1 + 0.1 * (8 / 6 - 1)))      # on its way to 8
+    close(common.adapt_kl_coef(0.2, 9.0, 9.0, 0.0), 0.2)                                # constant
     close(common.adapt_kl_coef(0.2, 9.0, 12.0, 6.0), 0.2 * 0.9)                         # on its way back
 
 
@@ -265,3 +268,18 @@ def test_adapters_accumulate_in_fp32(zero):
     assert all(w.dtype == torch.float32 for w in saved.values())
     B = torch.cat([w.flatten() for key, w in saved.items() if ".B." in key])
     assert not torch.equal(B, B.bfloat16().float())     # fp32 in more than name
+
+
+def test_pairs_that_the_cut_makes_equal_are_left_out():
+    tok = toy.tokenizer()
+    same = " ".join(["the soup was great ."] * 30)
+    pair = dict(prompt="review the soup .", chosen=same + " good", rejected=same + " bad")
+    other = dict(pair, rejected="the soup was cold .")
+    toy.write_jsonl(path("long_pairs.jsonl"), [pair, other])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert common.read_pairs([path("long_pairs.jsonl")], tok, 64) == [other]
+        assert common.read_pairs([path("long_pairs.jsonl")], tok, 256) == [pair, other]
+    assert "left out 1 pairs" in said.getvalue()
+    toy.write_jsonl(path("long_pairs.jsonl"), [pair])
+    with pytest.raises(SystemExit):
+        common.read_pairs([path("long_pairs.jsonl")], tok, 64)

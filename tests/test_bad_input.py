@@ -93,7 +93,7 @@ FLAGS = [
     ("--mini-batch-size 0", "--mini-batch-size 0"),
     ("--max-steps 0", "--max-steps"),
     ("--temperature 0", "--temperature"),
-    ("--kl-target 0", "--kl-target"),
+    ("--kl-target -1", "--kl-target"),
     ("--max-new-tokens 0", "--max-new-tokens"),
     ("--max-new-tokens 100000", "positions"),
     ("--max-new-tokens 200", "256"),
