@@ -650,8 +650,8 @@ def read_pairs(paths, tok, max_length):
     pairs, equal = [], 0
     for path in paths:
         for pair in read_rows(path, ["prompt", "chosen", "rejected"]):
-            start = max_length // 8                     # characters, fewer than the tokens that are left hold
-            differ = pair["chosen"][:start] != pair["rejected"][:start]
+            kept = max_length // 8                      # characters, fewer than the tokens that are left hold
+            differ = pair["chosen"][:kept] != pair["rejected"][:kept]
             if not differ:
                 sides = [one_side(pair, side) for side in ("chosen", "rejected")]
                 chosen, rejected = (pack(tok, side, [], max_length, 0)[0] for side in sides)

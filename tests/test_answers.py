@@ -273,7 +273,7 @@ def test_adapters_accumulate_in_fp32(zero):
 def test_pairs_that_the_cut_makes_equal_are_left_out():
     tok = toy.tokenizer()
     same = " ".join(["the soup was great ."] * 30)
-    pair = dict(prompt="review the soup .", chosen=same + " good", rejected=same + " bad")
+    pair = dict(prompt="review the soup .", chosen=same + " great", rejected=same + " cold")
     other = dict(pair, rejected="the soup was cold .")
     toy.write_jsonl(path("long_pairs.jsonl"), [pair, other])
     with contextlib.redirect_stderr(io.StringIO()) as said:
