@@ -256,8 +256,10 @@ class LM(nn.Module):
         """Inside, this adapter is on; afterwards, the one that was."""
         before = self.active
         self.switch(name)
-        yield
-        self.switch(before)
+        try:
+            yield
+        finally:                                        # a recomputation may stop early, by an exception
+            self.switch(before)
 
     def recompute_contexts(self):
         """For activation checkpointing: a recomputation in the backward pass uses its forward's adapter."""
@@ -469,9 +471,10 @@ def ds_config(args, model, rows, accum=1):
     if args.offload:                                    # with torch's own AdamW, which needs no compiler
         zero["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
         config["zero_force_ds_cpu_optimizer"] = False
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad} or {p.dtype for p in model.parameters()}
-    # Adapters and heads are fp32 and stay so, on a trunk of any dtype. A whole model trains in its own.
-    return config | decided | dict(bf16=dict(enabled=torch.bfloat16 in dtypes))
+    # DeepSpeed's bf16 mode casts every weight. A whole model needs it, for the fp32 weights of its optimizer;
+    # adapters and heads are fp32 and must stay so, trained or frozen.
+    bf16 = torch.bfloat16 in {p.dtype for p in model.parameters() if p.requires_grad}
+    return config | decided | dict(bf16=dict(enabled=bf16))
 
 
 def engine(model, args, lr, rows, accum=1):
@@ -605,12 +608,25 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
     return append_to_prefix(tok, prefix, prompt), spans
 
 
+def room_for_tau(gvm, args, pairs):
+    """Tokens that tau may have, so that the GVM reads no position that it was not trained on."""
+    length = args.max_prompt_length + args.max_new_tokens
+    room, answer = gvm["max_length"] - length, min(gvm["tau_length"], args.max_new_tokens)
+    if room < 0 or (pairs and room <= answer):
+        die(f"--gvm {args.gvm}: trained on {gvm['max_length']} tokens, too few for {length} of prompt and "
+            f"response and over {answer} of tau; lower --max-new-tokens or --max-prompt-length, or train "
+            "the GVM with a larger --max-length")
+    return room
+
+
 def draw_tau(tok, buffer, pairs, room, tau_length, rng):
     """Question-answer pairs out of the buffer (prompts, responses), at least one -> ids of tau, its pairs.
 
     Drawn pairs that do not fit into `room` tokens are passed over for others. Where not one fits whole, the
     shortest prompt is cut from the left.
     """
+    if not pairs:
+        return [], 0
     buffer, tau = list(zip(*buffer, strict=True)), []
     for i in rng.permutation(len(buffer)):
         _, spans = prepend_tau(tok, [*tau, buffer[i]], [], room, tau_length)

@@ -159,12 +159,7 @@ def main(argv=None):
     common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
     tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
-    tau_length = min(meta["tau_length"], args.max_new_tokens)     # tokens of an answer in tau
-    tau_room = meta["max_length"] - length                        # the GVM reads no untrained position
-    if tau_room < 0 or (tau_pairs and tau_room <= tau_length):
-        common.die(f"--gvm {args.gvm}: trained on {meta['max_length']} tokens, too few for {length} of "
-                   f"prompt and response and over {tau_length} of tau; lower --max-new-tokens or "
-                   "--max-prompt-length, or train the GVM with a larger --max-length")
+    tau_room = common.room_for_tau(meta, args, tau_pairs)         # tokens
     model, adapter = trunk, "policy"
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
@@ -222,9 +217,8 @@ def main(argv=None):
 
             # 3. value, given tau: some of the policy's own latest answers, read once for all rows
             rng = np.random.default_rng([args.seed, step, common.rank()])
-            tau_ids, tau_shown = [], 0
-            if tau_pairs:
-                tau_ids, tau_shown = common.draw_tau(tok, buffer, tau_pairs, tau_room, tau_length, rng)
+            drawn = common.draw_tau(tok, buffer, tau_pairs, tau_room, meta["tau_length"], rng)
+            tau_ids, tau_shown = drawn
             cache = common.read_prefix(trunk, tau_ids, "gvm", "gvm", device)
             after_tau = [common.append_to_prefix(tok, tau_ids, p)[len(tau_ids):] for p in prompts]  # one bos
             gvm_ids, gvm_attn, _ = common.frame(after_tau, responses, device)

@@ -30,6 +30,7 @@ Choices that the paper leaves open
 import argparse
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -87,9 +88,10 @@ def parse_args(argv=None):
     rm.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
     rm.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
     args = common.parse(p, argv)
-    # What is asked of the reward model's training: one that is there already must have been trained so.
-    args.rm_asked = {key: value for key, value in vars(args).items()
-                     if key in RM_FLAGS and value != p.get_default(key)}
+    # What was asked for of the reward model: one that is there already must have been trained so.
+    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    args.pairs = [os.path.normpath(path) for path in args.pairs]
+    args.rm_asked = {key: getattr(args, key) for key in RM_FLAGS if f"--{key.replace('_', '-')}" in words}
     return args
 
 
@@ -258,14 +260,18 @@ def main(argv=None):
     critic_model = common.load_model(args.init_from, args, trainable=not args.freeze_critic)
     if args.critic_from == "gvm":                                 # in units of the rewards of this run
         gvm = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+        if "reward_mean" not in gvm:
+            common.die(f"--gvm {args.gvm}: does not say what its rewards were; train it again")
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
+        tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])
         start_critic(critic_model, trunk, "gvm", *unit)
     elif reward is None:
         start_critic(critic_model, trunk, "rm", meta["mean"], meta["std"])
     else:
         critic_model.add_head("critic")
     models, kv_cache = {"policy": model, "critic": critic_model, "frozen": trunk}, (args.batch_size, length)
-    common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
+    longest = gvm["max_length"] if args.critic_from == "gvm" else length
+    common.memory_plan(models, args, args.mini_batch_size, longest, args.max_new_tokens, kv_cache)
     actor = common.actor(model, args)
     policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
     engines = dict(policy=policy)
@@ -286,6 +292,13 @@ def main(argv=None):
     kl_coef = state.get("kl_coef", args.kl_coef)
     kl_before = state.get("kl", 0.0)                              # of the last step
     buffer = state.get("buffer")                                  # the last rollouts, for the GVM's tau
+    if buffer is None and args.critic_from == "gvm" and not args.dry_run:
+        index = common.batch_indices(len(data), batch, args.max_steps, args.seed)      # as in dvpo.py
+        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        common.refresh(actor, model)
+        policy.eval()
+        ids, _, mask, _ = rollout(actor, prompts, tok, args, device)
+        buffer = prompts, common.unpad(ids, mask)
 
     for step in range(first, args.max_steps):
         seconds = {}
@@ -313,8 +326,8 @@ def main(argv=None):
             seen_by_critic = ids, attn
             if args.critic_from == "gvm":
                 rng = np.random.default_rng([args.seed, step, common.rank()])
-                tau = buffer or (prompts, responses), gvm["tau_pairs"], gvm["max_length"] - length
-                tau_ids = common.draw_tau(tok, *tau, min(gvm["tau_length"], args.max_new_tokens), rng)[0]
+                drawn = common.draw_tau(tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
+                tau_ids = drawn[0]
                 after_tau = [common.append_to_prefix(tok, tau_ids, p) for p in prompts]
                 seen_by_critic = common.frame(after_tau, responses, device)[:2]
                 buffer = prompts, responses

@@ -80,7 +80,7 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
     from transformers import GenerationConfig
 
     plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.eos_token_id,
-                             eos_token_id=tok.eos_token_id, max_new_tokens=args.max_new_tokens)
+                             eos_token_id=actor.end_ids(tok).tolist(), max_new_tokens=args.max_new_tokens)
     own, actor.lm.generation_config = actor.lm.generation_config, plain     # it would fill gaps in `plain`
     scores, step = [], args.batch_size * common.world()
     for i in range(0, n, step):

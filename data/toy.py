@@ -262,10 +262,11 @@ def pair_up(rows, rng):
             if a["reward"] != b["reward"]:
                 win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
                 pair = dict(prompt=a["prompt"], chosen=win["response"], rejected=lose["response"])
-                for key in ("policy", "ended", "ids"):              # the last two: rows of tools/label.py
-                    if key in win:
-                        pair |= {f"chosen_{key}": win[key], f"rejected_{key}": lose[key]}
-                pairs.append(pair | {"tokenizer": a["tokenizer"]} if "tokenizer" in a else pair)
+                for side, row in ("chosen", win), ("rejected", lose):
+                    more = [key for key in ("policy", "ended", "ids") if key in row]
+                    pair |= {f"{side}_{key}": row[key] for key in more}     # tools/label.py writes all
+                    pair |= {"tokenizer": row["tokenizer"]} if "tokenizer" in row else {}
+                pairs.append(pair)
     rng.shuffle(pairs)
     return pairs
 

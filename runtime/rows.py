@@ -30,6 +30,7 @@ def read_rows(path, *kinds):
     """
     if not os.path.isfile(path):
         made_by = f"python {os.path.dirname(path)}.py" if path.startswith("data/") else "a flag, see --help"
+        made_by = "make smollm2" if path.startswith("data/smollm2/") else made_by
         die(f"{path}: no such file; make or name one with: {made_by}")
     rows, left_out = [], collections.Counter()
     try:

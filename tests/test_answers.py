@@ -236,6 +236,7 @@ def test_adapter_of_the_forward_is_that_of_the_recomputation():
             model(ids, torch.ones_like(ids), 6)
             model(ids, torch.ones_like(ids), 6, adapter="gvm")
         logp.sum().backward()
+        assert model.active == "gvm"                    # as the last forward left it
         own = model.adapter_parameters("policy").values()
         grads.append(torch.cat([p.grad.flatten() for p in own]))
         assert all(p.grad is None for p in model.adapter_parameters("gvm").values())

@@ -4,7 +4,19 @@ import os
 
 import pytest
 import torch
-from helpers import RL, close, example_frame, path, refused, run, tiny_gpt2, tiny_llama, world
+from helpers import (
+    RL,
+    close,
+    example_frame,
+    path,
+    refused,
+    rewind,
+    run,
+    same_run,
+    tiny_gpt2,
+    tiny_llama,
+    world,
+)
 
 import dvpo
 import ppo_baseline
@@ -37,18 +49,42 @@ def test_the_critic_is_the_whole_model_that_it_starts_from(sees_token):
 
 
 def test_critic_from_the_gvm_frozen_or_trained():
-    """V before the first step is the GVM's; a frozen critic stays, in the checkpoint's engines too."""
+    """V at first is the GVM's behind the same tau, in units of its rewards. A frozen critic stays."""
     world()
     gvm = "--critic-from", "gvm", "--gvm", path("gvm/model")
-    first = {}
-    for name, flags in dict(rm=(), trained=gvm, frozen=(*gvm, "--freeze-critic")).items():
-        rows = run(ppo_baseline, *SMALL, *flags, "--out", path("critic", name))
-        assert all(row["ratio_first"] == 1.0 for row in rows)
-        first[name] = rows[0]["v0"]
+    first, critics = {}, []
+    real = ppo_baseline.start_critic
+
+    def start_critic(critic, *rest):
+        real(critic, *rest)
+        critics.append((critic, [p.clone() for p in critic.parameters()]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_baseline, "start_critic", start_critic)
+        for name, flags in dict(rm=(), trained=gvm, frozen=(*gvm, "--freeze-critic")).items():
+            rows = run(ppo_baseline, *SMALL, *flags, "--out", path("critic", name))
+            assert all(row["ratio_first"] == 1.0 for row in rows)
+            first[name] = rows[0]["v0"]
+    moved = [any(not torch.equal(p, q) for p, q in zip(critic.parameters(), before, strict=True))
+             for critic, before in critics]
+    assert moved == [True, True, False]
+    with open(path("gvm/model/adapter.json")) as f:
+        meta = json.load(f)
+    # dvpo.py draws the same tau and values the same first rollouts: the same seed, the same steps
+    rows = run(dvpo, *RL, *gvm[2:], "--out", path("critic/dvpo"), "--batch-size", 8, "--mini-batch-size", 8,
+               "--max-steps", 2)
+    want = (rows[0]["v0"] - meta["reward_mean"]) / meta["reward_std"]
     assert first["trained"] == first["frozen"] != first["rm"]
-    with open(path("critic/frozen/memory.json")) as f:
-        models = json.load(f)["models"]
-    assert models["critic"]["trainable"] < models["policy"]["trainable"] / 100
+    close(first["frozen"], want, 1e-4)
+
+
+def test_resume_with_a_critic_from_the_gvm():
+    world()
+    flags = [*SMALL[:-2], "--max-steps", 4, "--save-every", 2, "--critic-from", "gvm", "--freeze-critic",
+             "--gvm", path("gvm/model")]
+    whole = run(ppo_baseline, *flags, "--out", path("critic_whole"))
+    rewind(path("critic_whole"), path("critic_resumed"))
+    same_run(whole, run(ppo_baseline, *flags, "--out", path("critic_resumed"), "--resume"))
 
 
 def test_flags_that_the_reward_model_was_not_trained_with_are_refused():

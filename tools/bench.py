@@ -80,7 +80,7 @@ def make_model(folder, shape):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = AutoConfig.for_model(**SHAPES[shape])
+    config = AutoConfig.for_model(**SHAPES[shape], eos_token_id=None)      # no answer ends by chance
     vocabulary = {f"w{i}": i for i in range(config.vocab_size)} | {"<eos>": config.vocab_size}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -91,7 +91,7 @@ def make_model(folder, shape):
         AutoModelForCausalLM.from_config(config, dtype=DTYPE).save_pretrained(f"{folder}/model")
     model = common.load_model(f"{folder}/model", trainable=False)
     tok = common.load_tokenizer(f"{folder}/model")
-    gvm = dict(q_mean=0.0, q_std=1.0, tau_pairs=TAU_PAIRS, tau_length=128, max_length=1024)
+    gvm = dict(q_mean=0.0, q_std=1.0, tau_pairs=TAU_PAIRS, tau_length=128, max_length=2048)
     for name, meta in ("gvm", gvm), ("rm", dict(mean=0.0, std=1.0)):
         model.add_adapter(name, 8, 32)
         model.add_head(name, sees_token=name == "gvm")

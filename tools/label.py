@@ -6,8 +6,8 @@
     python train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl           learns from both
 
 Rows are {prompt, response, reward, policy, ended, ids, tokenizer}. policy is --name, with the temperature
-where there are several. ended is false for an answer that --max-new-tokens cut. ids are the sampled tokens,
-which encoding the text anew need not give.
+where that is not 1, unless the name is given and the temperature one. ended is false for an answer that
+--max-new-tokens cut. ids are the sampled tokens, which encoding the text anew need not give.
 
 A row of --prompts may hold a system message, {prompt, system, policy}. The answer is then sampled behind it,
 and the labelled row shows the prompt alone, under that policy's name: one model plays several policies.
@@ -116,8 +116,8 @@ def main(argv=None):
     with open(args.to, "a") as f, common.Progress(total=args.n, initial=done, desc="label") as bar:
         for start in range(done, args.n, args.batch_size):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
-            several = len(args.temperatures) > 1
-            heat = f"-T{args.temperature:g}" if several and args.temperature != 1 else ""
+            named = args.name and len(args.temperatures) == 1
+            heat = "" if args.temperature == 1 or named else f"-T{args.temperature:g}"
             index = range(start, min(start + args.batch_size, args.n))
             batch = [prompts[i % len(prompts)] for i in index]
             torch.manual_seed(args.seed * 1_000_003 + start)    # of the batch: a continued run is the same
@@ -127,7 +127,7 @@ def main(argv=None):
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
             rewards = score([row["prompt"] for row in batch], texts, ended.tolist())
             for i, row in enumerate(batch):
-                who = row.get("policy", name) + heat
+                who = (row["policy"] if row.get("system") and row.get("policy") else name) + heat
                 labelled = dict(prompt=row["prompt"], response=texts[i], reward=rewards[i], policy=who,
                                 ended=bool(ended[i]), ids=responses[i], tokenizer=fingerprint)
                 f.write(json.dumps(labelled) + "\n")
