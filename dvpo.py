@@ -15,11 +15,12 @@ latest rollouts. PPO has four roles and trains two of them. This trains one and 
 trunk is reference (adapter off) and GVM (adapter on). `diff dvpo.py ppo_baseline.py` is the method.
 
 Deviations from the paper
-1. Q~ is centred on the rollout batch, but its sigma is at least that of the GVM's training: once answers are
-   good, dividing by the shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
+1. The sigma that divides A is at least that of Q in the GVM's training: once answers are good, dividing by the
+   shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
 2. The default, --advantage delta, is Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the
-   textbook advantage, which a frozen Q over deterministic transitions gives for free. Differences are smaller
-   than levels, so that their divisor is in practice the constant sigma of 1. --advantage q: A = Q~.
+   textbook advantage, which a frozen Q over deterministic transitions gives for free. It is centred over the
+   responses. Differences are smaller than levels, so that their divisor is in practice the constant of 1.
+   --advantage q: A = Q~, eq. (2).
 3. The KL penalty is in A_t, and each token pays its own. Its coefficient adapts to --kl-target. The paper's
    "target KL 0.1" is, as in its authors' code, the early stop of the inner epochs.
 4. One tau serves all rows of a step and rank (they share a policy). It may hold an earlier answer to a row's
@@ -120,15 +121,20 @@ def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
 
 
 def advantage(q, mask, kind, sigma):
-    """Token values (B, T+1), the first is V(s_0) -> advantage (B, T), centred, in units of at least sigma.
+    """Token values (B, T+1), the first is V(s_0) -> advantage (B, T), in units of at least sigma.
 
-    kind q: A = Q~, eq. (2); delta: Q[t] - Q[t-1], what a_t did to the value. 0 outside the mask.
+    q: A = Q~, eq. (2), centred over the tokens. delta: Q[t] - Q[t-1], what a_t did to the value. Its sum over
+    a response, Q[T-1] - V(s_0), is centred over the responses, by a shift of V(s_0): a mean taken off every
+    token would make short answers pay wherever V(s_0) is too low. 0 outside the mask.
     """
     if kind == "authors":
         return gae_without_reward(q[:, :-1], mask)
-    a = q[:, 1:] if kind == "q" else q[:, 1:] - q[:, :-1]
-    mean, std = common.masked_moments(a, mask)
-    return (a - mean) / std.clamp(min=sigma) * mask
+    if kind == "q":
+        mean, std = common.masked_moments(q[:, 1:], mask)
+        return (q[:, 1:] - mean) / std.clamp(min=sigma) * mask
+    a = (q[:, 1:] - q[:, :-1]) * mask
+    a[:, 0] -= common.all_sum(a.sum()) / common.all_sum(mask[:, 0].sum())
+    return a / common.masked_moments(a, mask)[1].clamp(min=sigma)
 
 
 def gae_without_reward(v, mask, lam=0.95):

@@ -78,8 +78,10 @@ def test_advantage():
     s = math.sqrt(8 / 9)                                           # Q 1, 3 and 1: mean 5/3
     close(dvpo.advantage(q, mask, "q", 0.0), [[-2 / 3 / s, 4 / 3 / s], [-2 / 3 / s, 0]])
     close(dvpo.advantage(q, mask, "q", 2.0), [[-1 / 3, 2 / 3], [-1 / 3, 0]])      # at least the GVM's sigma
-    d = math.sqrt(2 / 3)                                           # differences 1, 2 and 0: mean 1
-    close(dvpo.advantage(q, mask, "delta", 0.0), [[0, 1 / d], [-1 / d, 0]])
+    # differences 1, 2 and 0: 3 and 0 in a response, 1.5 on average; without it -0.5, 2 and -1.5: mean 0
+    d = math.sqrt(6.5 / 3)
+    close(dvpo.advantage(q, mask, "delta", 0.0), [[-0.5 / d, 2 / d], [-1.5 / d, 0]])
+    close(dvpo.advantage(q, mask, "delta", 2.0), [[-0.25, 1.0], [-0.75, 0]])
 
 
 def test_clipped_ppo_loss():

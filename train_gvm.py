@@ -62,7 +62,8 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     p.add_argument("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
-    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="off the reward of an answer cut")
+    p.add_argument("--missing-eos-penalty", type=float, default=1.0,
+                   help="off the reward of an answer that was cut, in standard deviations of the rewards")
     p.add_argument("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
@@ -120,7 +121,7 @@ def gvm_loss(q, score, mask, args):
 class Labelled(common.Rows):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
-    def __init__(self, paths, missing_eos_penalty=1.0):
+    def __init__(self, paths):
         rows = []
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
@@ -132,8 +133,13 @@ class Labelled(common.Rows):
                     rows.append(dict(common.one_side(line, "rejected"), reward=-1))
         for row in rows:
             row.setdefault("policy", None)
-            row["reward"] = float(row["reward"]) - missing_eos_penalty * (not row.get("ended", True))
+            row["reward"] = float(row["reward"])
         super().__init__(rows)
+
+    def penalise(self, penalty):
+        """Lower the reward of every answer that was cut: nothing else says that an answer must end."""
+        for row in self:
+            row["reward"] -= penalty * (not row.get("ended", True))
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy."""
@@ -285,12 +291,15 @@ def show(gvm, tok, prompt, response, tau, args, device):
 def main(argv=None):
     args = parse_args(argv)
     tok = common.load_tokenizer(args.init_from)
-    data = Labelled([args.heldout] if args.show else args.data, args.missing_eos_penalty)
+    data = Labelled([args.heldout] if args.show else args.data)
     device = common.start(args)
     gvm = common.load_model(args.init_from, args, trainable=False)
     if args.show or args.eval_only:
         return use_trained(args, gvm, tok, data, device)
-    heldout = Labelled([args.heldout], args.missing_eos_penalty)
+    heldout = Labelled([args.heldout])
+    penalty = args.missing_eos_penalty * float(np.std([row["reward"] for row in data]))
+    data.penalise(penalty)
+    heldout.penalise(penalty)
     rewards = [row["reward"] for row in data]
     if np.std(rewards) == 0:
         common.die("--data: all rewards are equal, so that there is nothing to learn from them")
@@ -349,8 +358,8 @@ def main(argv=None):
 
     # 4. save, measure
     engine.eval()
-    kept = "tau_pairs", "tau_length", "max_length", "missing_eos_penalty", "init_from"
-    meta = {key: getattr(args, key) for key in kept}
+    meta = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
+    meta["missing_eos_penalty"] = penalty                       # in units of reward
     meta |= dict(zip(("q_mean", "q_std"), running.tolist(), strict=True))
     meta |= dict(reward_mean=float(np.mean(rewards)), reward_std=float(np.std(rewards)))
     common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **meta)
@@ -360,6 +369,7 @@ def main(argv=None):
 def use_trained(args, gvm, tok, data, device):
     """--show or --eval-only: figure 4 or table 4 of --gvm."""
     meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
+    data.penalise(meta.get("missing_eos_penalty", 0.0))
     args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
     common.check_context(gvm, args.max_length, "--max-length")

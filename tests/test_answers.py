@@ -72,7 +72,8 @@ def test_a_cut_answer_gets_no_eos():
     assert common.encode_row(tok, common.one_side(pair, "rejected")) == [8, 2]
     toy.write_jsonl(path("ends.jsonl"), [whole, cut, dict(whole, ended=True)])
     toy.write_jsonl(path("end_pairs.jsonl"), [pair])
-    rows = train_gvm.Labelled([path("ends.jsonl"), path("end_pairs.jsonl")], 0.75)
+    rows = train_gvm.Labelled([path("ends.jsonl"), path("end_pairs.jsonl")])
+    rows.penalise(0.75)
     assert [row["reward"] for row in rows] == [0.5, -0.25, 0.5, 0.25, -1.0]
     assert [row["policy"] for row in rows] == ["a", "a", "a", None, "b"]
 
@@ -112,15 +113,16 @@ def test_label_writes_what_was_sampled():
 
 
 def test_the_gvm_sees_it_coming_that_an_answer_will_not_end():
-    """Half of the answers with these words end there (0.5), half are cut (0.5 - 1): Q is 0 before <eos>."""
+    """Half of the answers with these words end there, half are cut: Q is between the two before <eos>."""
     world()
     text = "the soup was great . the wine was"
     rows = [dict(prompt=f"review the {a} and the wine .", response=text, reward=0.5, ended=ended)
             for a in ("soup", "staff", "room") for ended in (True, False)]
+    rows += [dict(prompt="review the wine .", response="the wine was cold .", reward=-0.5)] * 6
     toy.write_jsonl(path("halves.jsonl"), rows)
     out = path("ends_gvm")
     run(train_gvm, *GVM[:2], "--data", path("halves.jsonl"), "--heldout", path("halves.jsonl"), "--out", out,
-        "--max-steps", 60, "--batch-size", 6, "--true-q", "", "--missing-eos-penalty", 1.0)
+        "--max-steps", 100, "--batch-size", 6, "--true-q", "", "--missing-eos-penalty", 2.0)
     tok, gvm = toy.tokenizer(), common.load_model(path("sft/model"), trainable=False).eval()
     meta = common.load_adapter(gvm, tok, os.path.join(out, "model"), "")
     assert meta["missing_eos_penalty"] == 1.0
