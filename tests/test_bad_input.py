@@ -100,8 +100,9 @@ FLAGS = [
     ("--save-every 0", "--save-every"),
     ("--ppo-epochs 0", "--ppo-epochs"),
     ("--offload --zero 0", "--offload"),
-    ("--reward nothing.py:f", "nothing.py"),
-    ("--reward data/toy.py:nothing", "no function 'nothing'"),
+    ("--gold nothing.py:f", "nothing.py"),
+    ("--gold data/toy.py:nothing", "no function 'nothing'"),
+    ("--reward data/toy.py:gold_reward", "--gold data/toy.py:gold_reward"),
     ("--init-from TMP/no_weights", "no_weights"),
     ("--init-from TMP/cut_weights", "cut_weights"),
     ("--init-from TMP/cut_config", "cut_config"),
@@ -161,7 +162,8 @@ def test_what_a_reward_function_returns(program, answer):
     if program is judge:
         argv = [path("odd_answers.json"), path("odd_answers.json"), "--to", path("odd_verdicts.jsonl")]
     returned = str(eval(answer))
-    refused(lambda: program.main([*argv, "--reward", path("odd_reward.py:reward")]),
+    flag = "--gold" if program is dvpo else "--reward"
+    refused(lambda: program.main([*argv, flag, path("odd_reward.py:reward")]),
             "odd_reward.py:reward: returned", returned, "review", "finite number")
 
 

@@ -80,7 +80,8 @@ def make_model(folder, shape):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    config = AutoConfig.for_model(**SHAPES[shape], eos_token_id=None)      # no answer ends by chance
+    config = AutoConfig.for_model(**SHAPES[shape])
+    config.eos_token_id = None                          # or an answer would end by chance
     vocabulary = {f"w{i}": i for i in range(config.vocab_size)} | {"<eos>": config.vocab_size}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
