@@ -15,8 +15,8 @@ latest rollouts. PPO has four roles and trains two of them. This trains one and 
 trunk is reference (adapter off) and GVM (adapter on). `diff dvpo.py ppo_baseline.py` is the method.
 
 Deviations from the paper
-1. The sigma that divides A is at least that of Q in the GVM's training: once answers are good, dividing by the
-   shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
+1. The sigma that divides A is at least that of Q in the GVM's training: once answers are good, dividing by
+   the shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
 2. The default, --advantage delta, is Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the
    textbook advantage, which a frozen Q over deterministic transitions gives for free. It is centred over the
    responses. Differences are smaller than levels, so that their divisor is in practice the constant of 1.

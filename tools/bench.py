@@ -133,12 +133,12 @@ def child(method, folder, lengths, argv):
     """Runs a script. Its rows go to FOLDER/METHOD.jsonl, with the seconds of the whole step and of the
     optimizer; FOLDER/METHOD.turn says how many steps it may do."""
     libraries = 0 if CUDA else psutil.Process().memory_info().rss       # no plan counts them
-    engine, turns = common.deepspeed.DeepSpeedEngine, itertools.count()
+    engine, turn = common.deepspeed.DeepSpeedEngine, 0
     step, log, append_responses = engine.step, common.Metrics.log, common.append_responses
     optimizer_seconds, begin = 0.0, time.perf_counter()
 
     def append_shorter(ids, attn, response, mask):
-        ends = mixed(next(turns) * common.world() + common.rank(), *mask.shape).to(mask.device)
+        ends = mixed(turn * common.world() + common.rank(), *mask.shape).to(mask.device)
         mask = mask & (torch.arange(mask.shape[1], device=mask.device) < ends[:, None])
         return append_responses(ids, attn, response, mask)
 
@@ -151,7 +151,8 @@ def child(method, folder, lengths, argv):
         optimizer_seconds += time.perf_counter() - start
 
     def log_and_wait(self, number, **metrics):
-        nonlocal optimizer_seconds, begin
+        nonlocal optimizer_seconds, begin, turn
+        turn = number + 1                               # all methods get the same lengths in a step
         row = log(self, number, **metrics)
         if common.rank() == 0:
             row |= dict(sec_step=time.perf_counter() - begin, sec_optimizer=optimizer_seconds)
