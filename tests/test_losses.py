@@ -76,8 +76,11 @@ def test_advantage_by_hand():
     s = math.sqrt(8 / 9)                                            # mean 5/3
     close(dvpo.advantage(q, mask, "q", 0.0), [[-2 / 3 / s, 4 / 3 / s], [-2 / 3 / s, 0]])
     close(dvpo.advantage(q, mask, "q", 2.0), [[-1 / 3, 2 / 3], [-1 / 3, 0]])    # divided by the GVM's sigma
-    d = math.sqrt(2 / 3)                                            # deltas 1, 2 | 0: mean 1
-    close(dvpo.advantage(q, mask, "delta", 0.0), [[0, 1 / d], [-1 / d, 0]])
+    d = math.sqrt(6.5 / 3)          # deltas 1, 2 | 0; 3 and 0 per response, less 1.5 each: -0.5, 2 | -1.5
+    want = dvpo.advantage(q, mask, "delta", 0.0)
+    close(want, [[-0.5 / d, 2 / d], [-1.5 / d, 0]])
+    too_low = q - torch.tensor([5.0, 0.0, 0.0])                     # V(s_0) for every prompt: no length pays
+    close(dvpo.advantage(too_low, mask, "delta", 0.0), want)
 
 
 def test_table4_by_hand():

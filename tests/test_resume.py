@@ -29,7 +29,8 @@ def test_resume_equals_a_straight_run(case, zero):
     same_run(run(stage, *argv, "--out", again, "--resume"), rows)
     resumed = weights(os.path.join(again, "model"))
     for key, w in weights(os.path.join(straight, "model")).items():
-        assert w.dtype == torch.bfloat16 and torch.equal(w, resumed[key]), key
+        kept = torch.float32 if name == "gvm" else torch.bfloat16           # adapters stay fp32
+        assert w.dtype == kept and torch.equal(w, resumed[key]), key
 
 
 def test_damaged_checkpoint():
