@@ -36,7 +36,8 @@ KNOWN = [                                               # numbers that results/ 
     r"kl_step above 0\.006",
     r"entropy below 0\.02",                             # runtime/metrics.py, here and below
     r"at least 0\.05 lower",
-    r"0\.0001 B clip",
+    r"from 0\.05",                                      # settings of RL runs
+    r"--kl-coef 0\.05",
     r"under 0\.15, where the inner epochs stop",
 ]
 
@@ -60,8 +61,9 @@ def demo():
         steps, there, seconds = (f"{r[key]:.0f}" if key in r else "" for key in keys)
         held, trained = f"{r['held']:,}", f"{r['trained']:,}"
         begin = [r["stage"], f"{r['gold']:.3f}", f"{r['kl']:.2f}", steps]
-        yield row(*begin, seconds, trained)
         yield row(*begin, there, seconds, held, trained)
+    gold = {r["stage"]: f"{r['gold']:.3f}" for r in read("demo.json")}
+    yield f"gold reward of {gold['DVPO']} (DVPO) and {gold['PPO']} (PPO), from {gold['SFT']} after SFT"
 
 
 class Toy:
@@ -227,6 +229,8 @@ def head():
         kl = np.mean([run["kl"] for run in found["dvpo"]])
         bare = np.mean([run["final"] for run in found["dvpo_no_tau"]])
         yield row(name, f"{correlation:.3f}", *values, f"{kl:.2f}", f"{bare:.3f}")
+        if found is plain:
+            yield row("DVPO, the paper's head", values[0], f"{kl:.2f}")
     change = np.subtract(*([run["final"] for run in found["dvpo"]] for found in (default, plain)))
     yield f"a KL of {np.mean([run['kl'] for run in default['dvpo']]):.2f} ([below]"
     yield f"The wider head is worth {interval(change, 3, '+')}"
@@ -445,9 +449,16 @@ def critic():
         yield row(title, *cells, interval(behind, 3, "+") if name != "dvpo_at_1.2" else "")
 
 
-CLAIMS = (real_language_model, critic, demo, embedded_world, gvm_cost, comparators, earlier_draws, gvm,
-          without_tau, last_update, lr_decay, exact_values, head, ablations, theorem, real_text, cost,
-          cost_of_comparators, cost_of_parts, long_rollout, plans, soak)
+def kl_target():
+    """results/kl_target.json: where the KL ends, from a small and from a large coefficient."""
+    for run in read("kl_target.json")["runs"]:
+        cells = f"{run['kl_coef']:g}", f"{run['coef']:.3f}", f"{run['kl']:.2f}", f"{run['gold']:.3f}"
+        yield row(run["method"], *cells)
+
+
+CLAIMS = (real_language_model, critic, kl_target, demo, embedded_world, gvm_cost, comparators,
+          earlier_draws, gvm, without_tau, last_update, lr_decay, exact_values, head, ablations, theorem,
+          real_text, cost, cost_of_comparators, cost_of_parts, long_rollout, plans, soak)
 
 
 def pages():

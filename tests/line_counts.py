@@ -6,7 +6,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNTIME = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "runtime").glob("*.py"))
 LIMITS = {                                              # files counted together: most lines
     ("sft.py",): 165,
-    ("train_gvm.py",): 380,
+    ("train_gvm.py",): 390,
     ("dvpo.py",): 300,
     ("ppo_baseline.py",): 420,
     ("common.py",): 750,
