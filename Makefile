@@ -75,7 +75,7 @@ $(S)/reference.jsonl:
 
 $(S)/gvm/eval.json:
 	$(PY) train_gvm.py $(SMOLLM2) --data $(S)/personas.jsonl $(S)/own.jsonl --heldout $(S)/heldout.jsonl \
-		--max-steps 150
+		--max-steps 200
 
 $(S)/dvpo/summary.json: $(S)/gvm/eval.json
 	$(PY) dvpo.py $(SMOLLM2)
