@@ -11,6 +11,7 @@ What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` 
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import itertools
 import json
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -34,12 +36,13 @@ from transformers.utils import logging as hf_logging
 from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
 from runtime.graphs import StaticDecoder
-from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan, positions
+from runtime.memory import CHUNK, activation_bytes, check_context, context_length, memory_plan, positions
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
-from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, deepspeed, die
-from runtime.processes import finish, gathered, missing_model, rank, seed, start, world, write_json
-from runtime.rows import Rows, batch_indices, check_lengths, load_function, only_text, one_side, read_rows
-from runtime.rows import show_batch
+from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, check_writable
+from runtime.processes import deepspeed, die, finish, gathered, lock, missing_model, rank, seed, start, world
+from runtime.processes import write_json, writing
+from runtime.rows import Rows, batch_indices, behind_system, check_lengths, load_function, only_text
+from runtime.rows import one_side, read_rows, show_batch
 # isort: on
 
 hf_logging.set_verbosity_error()
@@ -186,6 +189,16 @@ class LoRA(nn.Module):
         low = self.A[name](F.dropout(x, self.dropout[name], self.training))
         return torch.add(y, self.B[name](low), alpha=self.scale[name])
 
+    @property
+    def weight(self):
+        """The adapted weight, for blocks that read it without calling the layer (Mamba's)."""
+        w, name = self.base.weight, self.active
+        return w if name is None else w + self.delta(name).to(w.dtype)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
     def delta(self, name):
         """What the adapter adds to the base weight, in that weight's own layout."""
         d = self.scale[name] * self.B[name].weight.float() @ self.A[name].weight.float()
@@ -210,10 +223,11 @@ class LM(nn.Module):
         self.fingerprint = trunk_fingerprint(lm)        # now, as ZeRO-3 will shard the weights
 
     def add_adapter(self, name, r, alpha, dropout=0.0):
-        """LoRA on every linear projection of the blocks, whatever the architecture."""
-        for path, layer in list(self.lm.base_model.named_modules()):
+        """LoRA on every linear projection of the text model's blocks, whatever the architecture."""
+        decoder = self.lm.get_decoder()
+        for path, layer in list(decoder.named_modules()):
             if isinstance(layer, (nn.Linear, Conv1D)) and not re.search(r"\.(base|[AB]\.\w+)$", path):
-                self.lm.base_model.set_submodule(path, LoRA(layer))
+                decoder.set_submodule(path, LoRA(layer))
         for layer in self.lora_layers():
             layer.add(name, r, alpha, dropout)
         self.adapters[name] = dict(r=r, alpha=alpha, dropout=dropout)
@@ -293,7 +307,7 @@ class LM(nn.Module):
         L, left, length = ids.shape[1], attn.argmax(1, keepdim=True), int(attn.sum(1).max())
         positions = torch.arange(length, device=ids.device)
         ids = ids.gather(1, (positions + left).clamp(max=L - 1))
-        h = self.lm.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
+        h = self.lm.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
         at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(0, length - 1)       # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
@@ -382,8 +396,14 @@ def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kw
 
 
 def read_prefix(model, prefix, adapter, head, device):
-    """Read once what stands in front of many rows: ids -> rows(n), the cache of n of them for LM.forward."""
-    cache = DynamicCache()
+    """Read once what stands in front of many rows: ids -> rows(n), the cache of n of them for LM.forward.
+
+    None where there is no prefix, and where a recurrent layer's state cannot be continued by whole rows
+    (Qwen3-Next, LFM2): each row must then begin with the prefix itself.
+    """
+    cache = new_cache(model)
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return None
     if all_max(len(prefix)):                            # at ZeRO-3 on all ranks, even for no prefix
         ids = torch.tensor([prefix or [0]], device=device)
         model(ids, torch.ones_like(ids), 0, adapter, head=head, cache=cache)
@@ -396,6 +416,11 @@ def read_prefix(model, prefix, adapter, head, device):
     return rows if prefix else None
 
 
+def new_cache(model):
+    """An empty KV cache, with the state of recurrent layers where the model has some."""
+    return DynamicCache(config=model.lm.config.get_text_config(decoder=True))
+
+
 class Decoder:
     """The one-token step of a rollout, with its KV cache.
 
@@ -406,7 +431,8 @@ class Decoder:
 
     def __init__(self, model, ids, attn, adapter=None):
         model.switch(adapter)
-        self.model, self.trunk, self.cache = model, model.lm.base_model, DynamicCache()
+        self.model, self.trunk = model, model.lm.get_decoder()
+        self.cache = new_cache(model)
         self.mask = None if attn.all() else attn        # prompts of one length need no mask
         self.positions = (attn.cumsum(1) - 1).clamp(min=0)
         self.logits = self.step(ids)
@@ -420,6 +446,26 @@ class Decoder:
         self.mask = None if self.mask is None else F.pad(self.mask, (0, 1), value=1)
         self.positions = self.positions[:, -1:] + 1
         self.logits = self.step(token[:, None])
+
+
+@torch.no_grad()
+def check_model(model, path):
+    """Refuse an architecture whose log-probs differ: by transformers, by LM.forward, or in a rollout."""
+    ids = torch.arange(1, 17, device=model.lm.device)[None] % model.lm.config.get_text_config().vocab_size
+    attn = torch.ones_like(ids)
+    plain = model.lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    plain = plain.gather(-1, ids[:, 1:, None])[..., 0]
+    tolerance = plain.abs().max() * (0.05 if model.lm.dtype == torch.bfloat16 else 0.001)
+    if (plain - model(ids, attn, 15)).abs().max() > tolerance:
+        die(f"{path}: this architecture changes the logits after its head; add that to LM.logits first")
+    attn[:, :4] = 0                                     # padding; then 8 tokens as prompt, 4 as response
+    decode, decoded = Decoder(model, ids[:, :12], attn[:, :12]), []
+    for token in ids[0, 12:]:
+        decoded.append(decode.logits[0].log_softmax(-1)[token])
+        decode(token[None])
+    if (torch.stack(decoded) - model(ids, attn, 4)[0]).abs().max() > tolerance:
+        die(f"{path}: token by token this architecture computes other log-probs than in one pass behind "
+            "padding, so that rollouts would be wrong; choose another model")
 
 
 def load_model(path, args=None, trainable=True):
@@ -439,15 +485,14 @@ def load_model(path, args=None, trainable=True):
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
-    model = LM(lm.requires_grad_(trainable)).to("cuda" if CUDA else "cpu")
+    lm.requires_grad_(False)                            # a model that also sees keeps its vision tower
+    for part in lm.get_decoder(), lm.get_output_embeddings():
+        part.requires_grad_(trainable)
+    model = LM(lm).to("cuda" if CUDA else "cpu")
     if getattr(args, "gradient_checkpointing", False):  # works in train() mode only
         how = dict(use_reentrant=False, context_fn=model.recompute_contexts)
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-    with torch.no_grad():                               # LM.logits may lack what this one does: compare a row
-        ids = torch.arange(1, 17, device=lm.device)[None] % lm.config.get_text_config().vocab_size
-        logp = lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        if (logp - model(ids, torch.ones_like(ids), 15)).abs().max() > 0.05 * logp.abs().max():     # bf16
-            die(f"{path}: this architecture changes the logits after its head; add that to LM.logits first")
+    check_model(model, path)
     return model
 
 
@@ -551,17 +596,36 @@ def load_tokenizer(path):
     return tok
 
 
-def encode_prompt(tok, prompt):
-    """Prompt (a string, or a list of {role, content}) -> ids up to the beginning of the response, one bos."""
+def encode_prompt(tok, prompt, max_length=None):
+    """Prompt (a string, or a list of {role, content}) -> ids up to the beginning of the response, one bos.
+
+    Of one that is longer than max_length the middle goes: see cut_prompt.
+    """
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    return list(encode_messages(tok, tuple((m["role"], only_text(tok, m["content"])) for m in messages)))
+    ids = list(encode_messages(tok, tuple((m["role"], only_text(tok, m["content"])) for m in messages)))
+    return ids if max_length is None else cut_prompt(tok, ids, max_length)
+
+
+def cut_prompt(tok, ids, max_length):
+    """At most max_length ids: what opens every prompt (bos, a chat header), then the end of this one."""
+    opening = os.path.commonprefix([ids, prompt_opening(tok)])[:max_length // 2]
+    return ids if len(ids) <= max_length else opening + ids[len(opening) - max_length:]
+
+
+@functools.lru_cache(4)
+def prompt_opening(tok):
+    """The ids that two prompts have in common at their beginning."""
+    return os.path.commonprefix([list(encode_messages(tok, (("user", text),))) for text in ("a", "b")])
 
 
 @functools.lru_cache(1 << 14)                           # prompts recur: as pairs, as tau, in every epoch
-def encode_messages(tok, messages):
+def encode_messages(tok, messages, add_generation_prompt=True):
     if tok.chat_template:
         chat = [dict(role=role, content=text) for role, text in messages]
-        ids = list(tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        # A template that asks for today's date gets a fixed day, so that all stages see one prompt
+        fixed_day = datetime.date(2024, 7, 26).strftime
+        ids = list(tok.apply_chat_template(chat, add_generation_prompt=add_generation_prompt,
+                                           return_dict=False, strftime_now=fixed_day))
     else:
         text = "".join(f"### {role.capitalize()}:\n{text}\n\n" for role, text in messages)
         ids = tok(text + "### Assistant:\n")["input_ids"]
@@ -573,6 +637,19 @@ def encode_response(tok, text, ended=True):
     """Response -> ids; if it ended, with eos by hand (some tokenizers ignore add_eos_token)."""
     ids = tok(only_text(tok, text), add_special_tokens=False)["input_ids"]
     return ids + [tok.eos_token_id] if ended else ids
+
+
+def encode_conversation(tok, prompt, response, ended=True):
+    """Prompt and answer as the chat template itself renders them: what most reward models were trained on.
+
+    A cut answer ends with its last word, and without a template an answer ends with eos.
+    """
+    if not (tok.chat_template and ended):
+        return encode_prompt(tok, prompt) + encode_response(tok, response, ended)
+    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    turns = [*turns, dict(role="assistant", content=response)]
+    messages = tuple((turn["role"], only_text(tok, turn["content"])) for turn in turns)
+    return list(encode_messages(tok, messages, add_generation_prompt=False))
 
 
 def encode_row(tok, row):
@@ -634,7 +711,7 @@ def draw_tau(tok, buffer, pairs, room, tau_length, rng):
             tau.append(buffer[i])
     if not tau:
         prompt, response = min(buffer, key=lambda pair: len(pair[0]))
-        tau = [(prompt[len(response[:tau_length]) - room:], response)]
+        tau = [(cut_prompt(tok, prompt, room - len(response[:tau_length])), response)]
     return prepend_tau(tok, tau, [], room, tau_length)[0], len(tau)
 
 
@@ -655,7 +732,7 @@ def pack(tok, row, before, max_length, tau_length):
     """
     pairs = [(encode_prompt(tok, r["prompt"]), encode_row(tok, r)) for r in before]
     half = max_length // 2
-    ids, spans = prepend_tau(tok, pairs, encode_prompt(tok, row["prompt"])[-half:], half, tau_length)
+    ids, spans = prepend_tau(tok, pairs, encode_prompt(tok, row["prompt"], half), half, tau_length)
     response = encode_row(tok, row)[:max_length - len(ids)]         # one that is cut here has no eos either
     spans = [(before[k], begin, end) for k, begin, end in spans]
     return ids + response, [*spans, (row, len(ids), len(ids) + len(response))]
@@ -665,7 +742,7 @@ def read_pairs(paths, tok, max_length):
     """Pairs {prompt, chosen, rejected}, less those whose answers are equal once --max-length cut them."""
     pairs, equal = [], 0
     for path in paths:
-        for pair in read_rows(path, ["prompt", "chosen", "rejected"]):
+        for pair in read_rows(path, ["prompt", "chosen", "rejected"], tok=tok):
             kept = max_length // 8                      # characters, fewer than the tokens that are left hold
             differ = pair["chosen"][:kept] != pair["rejected"][:kept]
             if not differ:
@@ -678,7 +755,20 @@ def read_pairs(paths, tok, max_length):
         print(f"--max-length {max_length}: left out {equal} pairs that it makes equal", file=sys.stderr)
     if not pairs:
         die(f"{', '.join(paths)}: --max-length {max_length} makes the answers of all pairs equal")
+    check_lengths(pairs, lambda pair: encode_whole(tok, one_side(pair, "chosen")), max_length)
     return pairs
+
+
+def encode_whole(tok, row):
+    """A row without a tau, uncut -> ids."""
+    return encode_prompt(tok, row["prompt"]) + encode_row(tok, row)
+
+
+def read_prompts(tok, path, max_length, flag="--max-prompt-length"):
+    """Rows {prompt}; says how many of them are cut to max_length tokens."""
+    rows = read_rows(path, ["prompt"], tok=tok)
+    check_lengths(rows, lambda row: encode_prompt(tok, row["prompt"]), max_length, flag)
+    return rows
 
 
 def packed_frame(sequences, device="cpu"):
@@ -723,7 +813,7 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
     for i in range(count):
         index = range(i * stride + rank(), (i + 1) * stride, world())
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
-        prompt_ids = [encode_prompt(tok, p)[-args.max_prompt_length:] for p in prompts]
+        prompt_ids = [encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
         ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, device, adapter)
         logp = policy(ids, attn, mask.shape[1], adapter, temperature=args.temperature)
         ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
@@ -738,7 +828,7 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
             sums[key] = sums.get(key, 0.0) + value / count
     write_json(f"{args.out}/summary.json", dict(sums, rollouts=count * stride, peak_bytes=peak_bytes()))
     if rank() == 0:
-        with open(f"{args.out}/samples.jsonl", "w") as f:
+        with writing(f"{args.out}/samples.jsonl"), open(f"{args.out}/samples.jsonl", "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in samples)
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
         print(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")

@@ -154,9 +154,10 @@ def gae_without_reward(v, mask, lam=0.95):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
     gold = common.load_function(args.gold)
     tok = common.load_tokenizer(args.init_from)
+    data = common.read_prompts(tok, args.data, args.max_prompt_length)
+    heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     device = common.start(args)
 
     # Models: the policy, and one frozen trunk for reference and GVM. With --lora the policy is its adapter.
@@ -188,7 +189,7 @@ def main(argv=None):
 
     def encode_prompts(step):
         index = common.batch_indices(len(data), batch, step, args.seed)
-        return [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        return [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
     kl_coef = state.get("kl_coef", args.kl_coef)
     kl_before = state.get("kl", 0.0)                              # of the last step
@@ -226,8 +227,10 @@ def main(argv=None):
             drawn = common.draw_tau(tok, buffer, tau_pairs, tau_room, meta["tau_length"], rng)
             tau_ids, tau_shown = drawn
             cache = common.read_prefix(trunk, tau_ids, "gvm", "gvm", device)
-            after_tau = [common.append_to_prefix(tok, tau_ids, p)[len(tau_ids):] for p in prompts]  # one bos
-            gvm_ids, gvm_attn, _ = common.frame(after_tau, responses, device)
+            behind_tau = [common.append_to_prefix(tok, tau_ids, p) for p in prompts]                # one bos
+            if cache:                                             # which holds tau already
+                behind_tau = [p[len(tau_ids):] for p in behind_tau]
+            gvm_ids, gvm_attn, _ = common.frame(behind_tau, responses, device)
             rows = gvm_ids, gvm_attn, T, order, args.mini_batch_size
             q = common.forward_in_micro_batches(trunk, *rows, cache, adapter="gvm", head="gvm")     # (B, T+1)
             buffer = prompts, responses

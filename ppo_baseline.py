@@ -212,6 +212,7 @@ def train_reward_model(args, tok, device):
             new = torch.tensor([i < len(heldout) for i in own], device=device)      # no pair counts twice
             right += ((chosen > rejected) & new).sum()
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
+    std = std.clamp(min=0.1)                                      # after few steps all scores are still 0
     accuracy = common.all_sum(right) / len(heldout)
     meta = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
     meta |= common.mean_over_ranks(dict(mean=mean, std=std, accuracy=accuracy))
@@ -240,9 +241,10 @@ def start_critic(critic, trunk, name, mean, std):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
     reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
+    data = common.read_prompts(tok, args.data, args.max_prompt_length)
+    heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     device = common.start(args)
 
     # Models: policy and critic, and one frozen trunk for reference and reward model.
@@ -294,7 +296,7 @@ def main(argv=None):
     buffer = state.get("buffer")                                  # the last rollouts, for the GVM's tau
     if buffer is None and args.critic_from == "gvm" and not args.dry_run:
         index = common.batch_indices(len(data), batch, args.max_steps, args.seed)      # as in dvpo.py
-        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
         common.refresh(actor, model)
         policy.eval()
         ids, _, mask, _ = rollout(actor, prompts, tok, args, device)
@@ -303,7 +305,7 @@ def main(argv=None):
     for step in range(first, args.max_steps):
         seconds = {}
         index = common.batch_indices(len(data), batch, step, args.seed)
-        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
         # 1. rollout
         with common.clock(seconds, "generate"):

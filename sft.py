@@ -86,7 +86,7 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
     for i in range(0, n, step):
         index = range(i + common.rank(), i + step, common.world())
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
-        prompt_ids = [common.encode_prompt(tok, p) for p in prompts]
+        prompt_ids = [common.encode_prompt(tok, p, args.max_length // 2) for p in prompts]
         ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), device)
         sampled = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
         texts = tok.batch_decode(sampled, skip_special_tokens=True)
@@ -97,11 +97,12 @@ def sample_gold(actor, tok, rows, reward, args, device, n=256):
 
 def main(argv=None):
     args = parse_args(argv)
-    train = common.Rows(common.read_rows(args.data, ["prompt", "response"]))
-    heldout = common.read_rows(args.heldout, ["prompt", "response"])
-    reward = common.load_function(args.reward)
-    prompts = common.read_rows(args.prompts, ["prompt"]) if reward else None
     tok = common.load_tokenizer(args.init_from)
+    train = common.Rows(common.read_rows(args.data, ["prompt", "response"], tok=tok))
+    heldout = common.read_rows(args.heldout, ["prompt", "response"], tok=tok)
+    reward = common.load_function(args.reward)
+    prompts = common.read_rows(args.prompts, ["prompt"], tok=tok) if reward else None
+    common.check_lengths(train, lambda row: common.encode_whole(tok, row), args.max_length)
     device = common.start(args)
     model = common.load_model(args.init_from, args)
     common.check_context(model, args.max_length, "--max-length")

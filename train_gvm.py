@@ -121,11 +121,11 @@ def gvm_loss(q, score, mask, args):
 class Labelled(common.Rows):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, tok=None):
         rows = []
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
-            for line in common.read_rows(path, *kinds):
+            for line in common.read_rows(path, *kinds, tok=tok):
                 if "reward" in line:
                     rows.append(dict(line, policy=line.get("policy")))
                 else:
@@ -144,11 +144,6 @@ class Labelled(common.Rows):
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy."""
         return [] if policy is None else self.draw(policy, prompt, pairs, rng)
-
-
-def row_length(tok, row):
-    """Tokens of a row without a tau."""
-    return len(common.encode_prompt(tok, row["prompt"])) + len(common.encode_row(tok, row))
 
 
 def training_frame(sequences, device):
@@ -236,7 +231,7 @@ def evaluate(gvm, tok, data, args, device):
     out = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_correlation=v0_correlation,
                v0_ranks_all_policies=bool(ranked))
     if args.true_q:
-        true_q, q, truth = common.load_function(args.true_q), [], []
+        true_q, q, truth = common.load_function(args.true_q, unknown=KeyError), [], []
         for row, (ids, value) in zip(data, values, strict=True):
             prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
             try:
@@ -277,7 +272,7 @@ def show(gvm, tok, prompt, response, tau, args, device):
     tokens = ["V(s_0)"] + [tok.decode([i]) for i in ids]
     out = dict(prompt=prompt, response=response, policy=args.policy, tokens=tokens, q=value.tolist())
     if args.true_q and args.policy:
-        true_q = common.load_function(args.true_q)
+        true_q = common.load_function(args.true_q, unknown=KeyError)
         out["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
     scale = max(1e-6, np.abs(out["q"] + out.get("true_q", [])).max())
     for key in ("q", "true_q"):
@@ -291,12 +286,12 @@ def show(gvm, tok, prompt, response, tau, args, device):
 def main(argv=None):
     args = parse_args(argv)
     tok = common.load_tokenizer(args.init_from)
-    data = Labelled([args.heldout] if args.show else args.data)
+    data = Labelled([args.heldout] if args.show else args.data, tok)
     device = common.start(args)
     gvm = common.load_model(args.init_from, args, trainable=False)
     if args.show or args.eval_only:
         return use_trained(args, gvm, tok, data, device)
-    heldout = Labelled([args.heldout])
+    heldout = Labelled([args.heldout], tok)
     penalty = args.missing_eos_penalty * float(np.std([row["reward"] for row in data]))
     data.penalise(penalty)
     heldout.penalise(penalty)
@@ -313,7 +308,7 @@ def main(argv=None):
         cut = np.mean([not row.get("ended", True) for row in data])
         print(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}; "
               f"{cut:.0%} of the answers never end")
-    common.check_lengths(data, lambda row: row_length(tok, row), args.max_length)
+    common.check_lengths(data, lambda row: common.encode_whole(tok, row), args.max_length)
     engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
     batch = args.batch_size * common.world()                    # rows per update, all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)

@@ -86,8 +86,9 @@ def score_pairs(policy, tok, rows, args, device, adapter):
 
 def main(argv=None):
     args = parse_args(argv)
-    heldout, gold = common.read_rows(args.heldout, ["prompt"]), common.load_function(args.gold)
+    gold = common.load_function(args.gold)
     tok = common.load_tokenizer(args.init_from)
+    heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     train = common.read_pairs(args.pairs, tok, args.max_length)
     heldout_pairs = common.read_pairs([args.pairs_heldout], tok, args.max_length)
     device = common.start(args)

@@ -99,9 +99,10 @@ def group_advantage(score, size, baseline, scale):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
     reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
+    data = common.read_prompts(tok, args.data, args.max_prompt_length)
+    heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     device = common.start(args)
 
     # Models: the policy, and one frozen trunk for reference and reward model. With --lora it is its adapter.
@@ -135,7 +136,7 @@ def main(argv=None):
         seconds = {}
         index = common.batch_indices(len(data), batch, step, args.seed)
         index = [i for i in index for _ in range(args.group_size)]
-        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
         # 1. rollout
         with common.clock(seconds, "generate"):

@@ -93,9 +93,10 @@ def remax_loss(logp, adv, mask, n_tokens):
 
 def main(argv=None):
     args = parse_args(argv)
-    data, heldout = common.read_rows(args.data, ["prompt"]), common.read_rows(args.heldout, ["prompt"])
     reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
+    data = common.read_prompts(tok, args.data, args.max_prompt_length)
+    heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     device = common.start(args)
 
     # Models: the policy, and one frozen trunk for reference and reward model. With --lora it is its adapter.
@@ -126,7 +127,7 @@ def main(argv=None):
     for step in range(first, args.max_steps):
         seconds = {}
         index = common.batch_indices(len(data), batch, step, args.seed)
-        prompts = [common.encode_prompt(tok, data[i]["prompt"])[-args.max_prompt_length:] for i in index]
+        prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
         # 1. rollout: a sampled and a greedy response per prompt
         with common.clock(seconds, "generate"):

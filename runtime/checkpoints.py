@@ -20,7 +20,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.processes import all_max, barrier, die, finish, gathered, new_folder, rank, world, write_json
+from runtime.processes import all_max, barrier, die, finish, gathered, lock, new_folder, rank, world
+
+# Flags that --resume may change; with another value of any other flag it would not be the same run.
+MAY_CHANGE = {
+    "max_steps", "epochs", "rm_max_steps", "rm_epochs", "save_every",
+    "lr", "critic_lr", "rm_lr", "lr_decay", "warmup_steps", "kl_coef", "kl_target", "kl_stop", "clip",
+    "mini_batch_size", "grad_accum", "static_cache", "gradient_checkpointing", "ds_config",
+    "heldout", "pairs_heldout", "prompts", "gold", "true_q", "min_gap"}
+NOT_OF_THE_RUN = {"out", "resume", "dry_run", "local_rank", "world_size", "rm_asked"}
 
 
 def must_be_finite(model, what):
@@ -79,7 +87,7 @@ def save_adapter(model, name, tok, folder, **meta):
             about = dict(name=name, **model.adapters[name], **fingerprints(model, tok), **meta)
             about["sees_token"] = model.heads[name].sees_token
             about["token_scale"] = model.heads[name].token_scale
-            write_json(os.path.join(tmp, "adapter.json"), about)
+            pathlib.Path(tmp, "adapter.json").write_text(json.dumps(about, indent=1))
 
 
 def load_adapter(model, tok, folder, made_by):
@@ -114,6 +122,8 @@ class Checkpoints:
     def __init__(self, args, out, keep=2, **engines):
         self.args, self.folder, self.keep, self.engines = args, os.path.join(out, "checkpoint"), keep, engines
         self.stop = self.skipped = 0
+        if os.path.isdir(out):
+            lock(out)
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
 
@@ -138,11 +148,9 @@ class Checkpoints:
             return 0, {}
         with open(os.path.join(path, "run.json")) as f:
             before = json.load(f)
-        now = dict(world_size=world(), zero=self.args.zero, dtype=self.args.dtype)
-        if any(before.get(key, value) != value for key, value in now.items()):
-            dtype = before.get("dtype", "auto")
-            die(f"--resume: use {before['world_size']} processes, --zero {before['zero']}, --dtype {dtype}, "
-                f"as {path} did")
+        if before["world_size"] != world():
+            die(f"--resume: {path} was written by {before['world_size']} processes; start as many")
+        changed = self.changed_flags(before, path)
         for name, engine in self.engines.items():
             engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
         mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
@@ -150,7 +158,22 @@ class Checkpoints:
         torch.set_rng_state(mine["random"])
         if "random_cuda" in mine:
             torch.cuda.set_rng_state(mine["random_cuda"])
-        return int(path.rpartition("_")[2]), mine["state"]
+        # A flag that was changed, --kl-coef, counts for more than the state of that name
+        state = {key: value for key, value in mine["state"].items() if key not in changed}
+        return int(path.rpartition("_")[2]), state
+
+    def changed_flags(self, before, path):
+        """The flags that are not those of the checkpoint: said in one line, or refused."""
+        now, changed = json.loads(json.dumps(vars(self.args))), {}      # lists for tuples, as in the file
+        for key, value in before.items():
+            if key in now and now[key] != value and key not in NOT_OF_THE_RUN:
+                changed[key] = f"--{key.replace('_', '-')} {value} -> {now[key]}"
+        wrong = [change for key, change in changed.items() if key not in MAY_CHANGE]
+        if wrong:
+            die(f"--resume: {', '.join(wrong)}: not as {path} has it; leave it as it was, or start a new run")
+        if changed and rank() == 0:
+            print(f"--resume with {', '.join(changed.values())}", file=sys.stderr)
+        return changed
 
     def last_whole(self):
         """Folder of the last checkpoint whose files are what was written; damaged ones are moved aside."""
@@ -189,8 +212,9 @@ class Checkpoints:
             torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
             if rank() == 0:
-                write_json(os.path.join(tmp, "run.json"), vars(self.args) | dict(world_size=world()))
-                write_json(os.path.join(tmp, "files.json"), check_sums(tmp))
+                flags = json.dumps(vars(self.args) | dict(world_size=world()), indent=1)
+                pathlib.Path(tmp, "run.json").write_text(flags)
+                pathlib.Path(tmp, "files.json").write_text(json.dumps(check_sums(tmp), indent=1))
         if rank() == 0:
             for old in self.steps()[self.keep:]:
                 shutil.rmtree(os.path.join(self.folder, f"step_{old}"))

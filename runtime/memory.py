@@ -39,7 +39,7 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     plan["optimizer"] = 0 if args.offload and CUDA else optimizer / shards[1]
     if args.zero == 3 and decode[0]:
         plan["a copy of the policy to decode with"] = next(iter(about.values()))["bytes"]
-    config = policy.lm.config.get_text_config()
+    config = policy.lm.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * width * element                  # bytes per token
@@ -60,18 +60,36 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
             "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
 
 
+def context_length(config):
+    """Tokens that a model can hold; 2^30 where its configuration names no limit.
+
+    Some rotary embeddings (longrope, dynamic NTK) depend on the longest row once they are beyond the length
+    of the pretraining: a row's log-probs would then depend on its batch. For them that length is the limit.
+    """
+    config = config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    for part in [rope, *by_layer_type]:
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            context = min(context, original or context)
+    return context
+
+
 def positions(path):
-    """Tokens that the model in a local folder can hold; 2^30 where no model is, or none are named."""
+    """The context length of the model in a local folder; 2^30 where there is no model."""
     with contextlib.suppress(OSError, ValueError):
         if os.path.isdir(path):
-            return getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None) or 1 << 30
+            return context_length(AutoConfig.from_pretrained(path))
     return 1 << 30
 
 
 def check_context(model, tokens, flags):
     """Refuse what the positions of the model cannot hold."""
-    context = getattr(model.lm.config, "max_position_embeddings", None)
-    if context and tokens > context:
+    context = context_length(model.lm.config)
+    if tokens > context:
         die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.processes import CUDA, all_sum, die, rank, world
+from runtime.processes import CUDA, all_sum, die, rank, world, writing
 
 
 def masked_moments(x, mask):
@@ -95,7 +95,7 @@ class Metrics:
                     rows = f.readlines()[:first]
             if len(rows) < first:
                 die(f"{self.path}: does not hold the steps before {first}; put it back, or do not --resume")
-            with open(self.path, "w") as f:
+            with writing(self.path), open(self.path, "w") as f:
                 f.writelines(rows)
         self.begin = time.time() - (json.loads(rows[-1])["seconds"] if rows else 0)
         self.bar = Progress(total=steps, initial=first, desc=desc)
@@ -106,7 +106,7 @@ class Metrics:
         row["peak_bytes"] = peak_bytes()
         bad = [k for k, v in row.items() if not math.isfinite(v)]
         if rank() == 0:
-            with open(self.path, "a") as f:
+            with writing(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
             if self.engine is not None and self.engine.monitor.enabled:
                 self.engine.monitor.write_events([(k, v, step) for k, v in row.items()])

@@ -5,6 +5,7 @@ Open this file when a launch hangs or fails, or when you need one more collectiv
 """
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -69,12 +70,46 @@ def start(args):
         except dist.DistNetworkError as e:
             die(f"the processes cannot meet ({str(e)[:80]}); choose another --master_port", all_ranks=True)
     seed(args)
-    try:
+    with writing(f"--out {args.out}", "name another folder", code=2):
         os.makedirs(args.out, exist_ok=True)
+        lock(args.out)
         write_json(f"{args.out}/run.json", vars(args) | dict(world_size=world(), device=str(device)))
-    except OSError as e:
-        die(f"--out {args.out}: cannot be written to ({e.strerror}); name another folder", all_ranks=True)
     return device
+
+
+@contextlib.contextmanager
+def writing(what, remedy="make room there", code=1):
+    """Around all that writes: what the disk refuses ends the run in one line. code: as of die()."""
+    try:
+        yield
+    except OSError as e:
+        die(f"{what}: cannot be written ({e.strerror or e}); {remedy}", code, all_ranks=True)
+
+
+def check_writable(path):
+    """Make the folder of a file that will be written at the end, and see now whether it can be."""
+    with writing(path, "name another file", code=2):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        there = os.path.exists(path)
+        open(path, "a").close()
+        if not there:
+            os.remove(path)
+
+
+LOCKED = {}                                             # folder: its file descriptor, until the process ends
+
+
+def lock(folder):
+    """Refuse a folder or file that another run is writing to. The lock ends with its process."""
+    folder = os.path.realpath(folder)
+    if rank() == 0 and folder not in LOCKED:
+        LOCKED[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(LOCKED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"{folder}: another run is writing there; wait for its end, or write to another place")
+        except OSError:                                 # a file system without locks
+            pass
 
 
 def seed(args):
@@ -132,9 +167,10 @@ def gathered(params):
 def write_json(path, value):
     """Write a JSON file on rank 0: complete, or not at all."""
     if rank() == 0:
-        with open(path + ".tmp", "w") as f:
-            json.dump(value, f, indent=1)
-        os.replace(path + ".tmp", path)
+        with writing(path):
+            with open(path + ".tmp", "w") as f:
+                json.dump(value, f, indent=1)
+            os.replace(path + ".tmp", path)
 
 
 @contextlib.contextmanager

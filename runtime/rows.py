@@ -4,6 +4,7 @@ Every line is checked before training starts. A broken one ends the run with fil
 Open this file to allow another key or format, or to see why a row is refused or left out.
 """
 import collections
+import decimal
 import functools
 import gzip
 import itertools
@@ -23,22 +24,25 @@ from runtime.metrics import Progress
 from runtime.processes import die, rank, world
 
 
-def read_rows(path, *kinds):
+def read_rows(path, *kinds, tok=None):
     """The rows of a .jsonl or .jsonl.gz file: a list of dicts. A broken line ends the run.
 
     kinds: sets of keys. The first line decides which one the file has, and every row must have its keys.
+    tok: its chat template must take every order of roles that occurs.
     """
     if not os.path.isfile(path):
         made_by = f"python {os.path.dirname(path)}.py" if path.startswith("data/") else "a flag, see --help"
         made_by = "make smollm2" if path.startswith("data/smollm2/") else made_by
         die(f"{path}: no such file; make or name one with: {made_by}")
-    rows, left_out = [], collections.Counter()
+    rows, left_out, rendered = [], collections.Counter(), set()
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(Progress(file, desc=path, delay=2, leave=False), 1):  # noqa: B007
                 if line.strip():
                     row, keys, reason = check_row(line, kinds)
                     kinds = [keys]
+                    if tok and "prompt" in keys:
+                        check_template(tok, row, rendered)
                     if reason:
                         left_out[reason] += 1
                     else:
@@ -89,10 +93,39 @@ def check_row(line, kinds):
     return row, keys, "two equal answers" if "chosen" in keys and row["chosen"] == row["rejected"] else None
 
 
+def check_template(tok, row, rendered):
+    """Render the first prompt of each order of roles; `rendered`: those that were. ValueError: refused."""
+    messages = behind_system(row)
+    messages = [dict(role="user", content=messages)] if isinstance(messages, str) else messages
+    roles = tuple(message["role"] for message in messages)
+    if tok.chat_template and roles not in rendered:
+        rendered.add(roles)
+        try:
+            tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as e:                          # what a template raises is its own affair
+            raise ValueError(f"the chat template refuses the roles {', '.join(roles)} ({str(e)[:80]}); "
+                             "rewrite the row, or use another tokenizer") from e
+
+
+def behind_system(row):
+    """The prompt of a row, its system message in front where it has one."""
+    prompt = row["prompt"]
+    if not row.get("system"):
+        return prompt
+    turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
+    return [dict(role="system", content=row["system"]), *turns]
+
+
 def is_finite_number(x):
     """Whether x is a number that is finite in float32 too; True and "1" are none."""
     most = float(np.finfo(np.float32).max)
     return isinstance(x, numbers.Real) and not isinstance(x, bool) and bool(-most <= x <= most)
+
+
+def as_number(x):
+    """What a function returned as one number -> that number: of numpy, torch or decimal, too."""
+    x = x.item() if getattr(x, "shape", None) == () else x
+    return float(x) if isinstance(x, decimal.Decimal) else x
 
 
 def prompt_text(prompt):
@@ -115,12 +148,14 @@ def one_side(pair, side):
     return dict(about, **kept, response=pair[side])
 
 
-def check_lengths(rows, encode, max_length, n=1000):
-    """Say of how many of the first n rows the answer is cut: encode(row) -> tokens of prompt and answer."""
+def check_lengths(rows, encode, max_length, flag="--max-length", n=1000):
+    """Say how many of the first n rows are cut: encode(row) -> ids."""
     some = rows[:n]
-    cut = sum(encode(row) > max_length for row in Progress(some, desc="lengths", delay=2, leave=False))
+    lengths = [len(encode(row)) for row in Progress(some, desc="lengths", delay=2, leave=False)]
+    cut = sum(length > max_length for length in lengths)
     if cut and rank() == 0:
-        print(f"--max-length {max_length} cuts {cut} of the first {len(some)} answers", file=sys.stderr)
+        print(f"{flag} {max_length} cuts {cut} of the first {len(some)} rows; the longest has {max(lengths)} "
+              "tokens", file=sys.stderr)
 
 
 def batch_indices(n, size, step, seed):
@@ -172,27 +207,32 @@ def show_batch(tok, ids, attn, mask, steps):
         print(f"{steps} steps. The first of {len(ids)} rows of the first batch, [[trained tokens]]:\n{text}")
 
 
-def load_function(spec):
+def load_function(spec, unknown=()):
     """`FILE.py:function` -> the function, checked at every call to return a finite number; "" -> None.
 
-    What it raises ends the run in one line, but for KeyError: the value of these arguments is not known.
+    What it raises ends the run in one line, but for `unknown`, exceptions that the caller handles.
+    The file may import modules that stand beside it.
     """
     if not spec:
         return None
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         die(f"{spec}: no such file; give FILE.py:function")
-    function = runpy.run_path(path).get(name)
-    if function is None:
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    try:
+        function = runpy.run_path(path).get(name)
+    except Exception as e:
+        die(f"{spec}: {path} cannot be run: {type(e).__name__}: {str(e)[:200]}")
+    if not callable(function):
         die(f"{spec}: {path} has no function {name!r}")
 
     def call(*values):
         try:
-            number = function(*values)
+            number = as_number(function(*values))
             if is_finite_number(number):
                 return float(number)
             error = f"returned {str(number)[:40]!r}, which is no finite number,"
-        except KeyError:
+        except unknown:
             raise
         except Exception as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno

@@ -9,12 +9,12 @@ LIMITS = {                                              # files counted together
     ("train_gvm.py",): 390,
     ("dvpo.py",): 300,
     ("ppo_baseline.py",): 420,
-    ("common.py",): 750,
-    ("common.py", *RUNTIME): 1600,
+    ("common.py",): 850,
+    ("common.py", *RUNTIME): 1850,
     ("test_smoke.py",): 300,
     **{(f"comparators/{name}.py",): 220 for name in ("dpo", "remax", "grpo")},
     ("README.md",): 160,
-    **{(path,): 210 for path in RUNTIME},
+    **{(path,): 250 for path in RUNTIME},
 }
 
 

@@ -133,8 +133,14 @@ class Endpoint:
         return dict(scores=None, tokens_in=used[0], tokens_out=used[1], text=text)
 
 
+class Answer(str):
+    """The text of an answer; `ended` is False where tools/sample.py cut it."""
+
+    ended = True
+
+
 def load(path):
-    """AlpacaEval's list of {instruction, output, generator} -> {instruction: output}, the generator."""
+    """AlpacaEval's list of {instruction, output, generator} -> {instruction: Answer}, the generator."""
     try:
         with open(path, encoding="utf-8") as f:
             rows = json.load(f)
@@ -142,6 +148,9 @@ def load(path):
         texts = [*answers.keys(), *answers.values()]
         if not rows or len(answers) < len(rows) or not all(isinstance(text, str) for text in texts):
             raise ValueError("empty, not text, or two answers to one instruction")
+        answers = {question: Answer(text) for question, text in answers.items()}
+        for row in rows:
+            answers[row["instruction"]].ended = row.get("ended", True)
     except (OSError, ValueError, KeyError, TypeError) as e:
         common.die(f"{path}: {e!r}; needs [{{instruction, output, generator}}, ...], see tools/sample.py")
     return answers, str(rows[0].get("generator", path))
@@ -244,7 +253,8 @@ def local(args):
 
     def ask(question, responses):
         prompts = [common.encode_prompt(tok, question)] * len(responses)
-        frame = common.frame(prompts, [common.encode_response(tok, r) for r in responses], device)
+        encoded = [common.encode_response(tok, r, r.ended) for r in responses]
+        frame = common.frame(prompts, encoded, device)
         with torch.no_grad():
             return dict(scores=ppo_baseline.scores(model, *frame).tolist())
 
@@ -274,6 +284,7 @@ def main(argv=None):
     if args.both_orders and not args.pairwise:
         common.die("--both-orders: needs --pairwise; else the judge sees one answer at a time")
     (a, name_a), (b, name_b) = load(args.a), load(args.b)
+    common.check_writable(args.to)
     here = args.reward or args.rm
     args.judge = here or args.judge
     todo = jobs(a, b, args)

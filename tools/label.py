@@ -46,8 +46,10 @@ def score_with(path, device):
     rm.to(device).eval()
     rm.config.pad_token_id = int(tok.eos_token_id == 0)     # not eos: the head is read at the last non-pad
 
+    context = common.context_length(rm.config)
+
     def score(prompts, responses, ended):
-        rows = [common.encode_prompt(tok, p) + common.encode_response(tok, r, e)
+        rows = [common.encode_conversation(tok, p, r, e)[-context:]
                 for p, r, e in zip(prompts, responses, ended, strict=True)]
         ids, attn, _ = common.frame([[]] * len(rows), rows, device)
         ids = ids.masked_fill(attn == 0, rm.config.pad_token_id)
@@ -66,15 +68,6 @@ def keep_whole_batches(path, n, batch_size):
     with open(path, "w") as f:
         f.writelines(lines[:done])
     return done
-
-
-def behind_system(row):
-    """The prompt of a row, its system message in front where it has one."""
-    prompt = row["prompt"]
-    if not row.get("system"):
-        return prompt
-    turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
-    return [dict(role="system", content=row["system"]), *turns]
 
 
 @torch.no_grad()
@@ -98,8 +91,12 @@ def main(argv=None):
     if min(args.n, args.batch_size, args.max_new_tokens, *args.temperatures) <= 0:
         common.die("--n, --batch-size, --max-new-tokens and --temperatures must be above 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompts, tok = common.read_rows(args.prompts, ["prompt"]), common.load_tokenizer(args.policy)
+    tok = common.load_tokenizer(args.policy)
     policy = common.load_model(args.policy, args, trainable=False).eval()
+    room = common.context_length(policy.lm.config) - args.max_new_tokens
+    if room < 1:
+        common.die(f"--max-new-tokens {args.max_new_tokens}: leaves no position for a prompt; lower it")
+    prompts = common.read_prompts(tok, args.prompts, room, "the model's context, less --max-new-tokens:")
     fingerprint = common.tokenizer_fingerprint(tok)
     if args.reward_model:
         score = score_with(args.reward_model, device)
@@ -111,9 +108,11 @@ def main(argv=None):
 
     *_, parent, folder = os.path.abspath(args.policy).split(os.sep)
     name = args.name or (parent if folder == "model" else folder)               # out/tiny/sft/model: sft
-    os.makedirs(os.path.dirname(os.path.abspath(args.to)), exist_ok=True)
+    common.check_writable(args.to)
     done = keep_whole_batches(args.to, args.n, args.batch_size)
-    with open(args.to, "a") as f, common.Progress(total=args.n, initial=done, desc="label") as bar:
+    bar = common.Progress(total=args.n, initial=done, desc="label")
+    with common.writing(args.to, "the same command continues there"), open(args.to, "a") as f, bar:
+        common.lock(args.to)
         for start in range(done, args.n, args.batch_size):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
             named = args.name and len(args.temperatures) == 1
@@ -121,7 +120,7 @@ def main(argv=None):
             index = range(start, min(start + args.batch_size, args.n))
             batch = [prompts[i % len(prompts)] for i in index]
             torch.manual_seed(args.seed * 1_000_003 + start)    # of the batch: a continued run is the same
-            encoded = [common.encode_prompt(tok, behind_system(row)) for row in batch]
+            encoded = [common.encode_prompt(tok, common.behind_system(row), room) for row in batch]
             ids, _, mask, ended = dvpo.rollout(policy, encoded, tok, args, device)
             responses = common.unpad(ids, mask)
             texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
@@ -135,7 +134,8 @@ def main(argv=None):
             bar.update(len(batch))
     with open(args.to) as f:
         pairs = pair_up([json.loads(line) for line in f], np.random.default_rng(args.seed))
-    with open(args.to.removesuffix(".jsonl") + "_pairs.jsonl", "w") as f:
+    pairs_file = args.to.removesuffix(".jsonl") + "_pairs.jsonl"
+    with common.writing(pairs_file), open(pairs_file, "w") as f:
         f.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
 

@@ -128,6 +128,8 @@ def main(argv=None):
                    help="figure 4 of several responses to one prompt, from train_gvm.py --show; needs --to")
     p.add_argument("--growth", help="JSON of tools/bench.py --growth; writes bench_growth.png beside it")
     args = p.parse_args(argv)
+    if args.to:
+        os.makedirs(os.path.dirname(os.path.abspath(args.to)), exist_ok=True)
     if args.growth:
         to = os.path.join(os.path.dirname(args.growth), "bench_growth.png")
         return growth(load(args.growth)["growth"]["points"], to)

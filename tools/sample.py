@@ -3,8 +3,8 @@
     python tools/sample.py --policy out/tiny/dvpo/model         prompt by prompt, until an empty line
     python tools/sample.py --policy FOLDER_OR_ID --prompts FILE.jsonl --to answers.json
 
-Prompts are rows {prompt} or {instruction}; answers are [{instruction, output, generator}, ...]. Template,
-rollout and sampling are those of training.
+Prompts are rows {prompt} or {instruction}; answers are [{instruction, output, generator, ended}, ...].
+Template, rollout and sampling are those of training.
 """
 import argparse
 import os
@@ -19,9 +19,11 @@ import dvpo
 
 
 def answers(policy, tok, prompts, args, device):
-    """One sampled answer per prompt (strings or messages) -> list of strings."""
-    ids, _, mask, _ = dvpo.rollout(policy, [common.encode_prompt(tok, p) for p in prompts], tok, args, device)
-    return [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
+    """One sampled answer per prompt (strings or messages) -> list of strings, whether each ended (B,)."""
+    room = common.context_length(policy.lm.config) - args.max_new_tokens
+    prompt_ids = [common.encode_prompt(tok, p, room) for p in prompts]
+    ids, _, mask, ended = dvpo.rollout(policy, prompt_ids, tok, args, device)
+    return [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)], ended.tolist()
 
 
 def main(argv=None):
@@ -38,25 +40,32 @@ def main(argv=None):
     args = p.parse_args(argv)
     if min(args.temperature, args.batch_size, args.max_new_tokens) <= 0:
         common.die("--temperature, --batch-size, --max-new-tokens: above 0; greedy: --temperature 1e-4")
-    rows = args.prompts and common.read_rows(args.prompts, ["prompt"], ["instruction"])
-    tok, policy = common.load_tokenizer(args.policy), common.load_model(args.policy, trainable=False).eval()
+    tok = common.load_tokenizer(args.policy)
+    rows = args.prompts and common.read_rows(args.prompts, ["prompt"], ["instruction"], tok=tok)
+    if rows:
+        common.check_writable(args.to)
+    policy = common.load_model(args.policy, trainable=False).eval()
     device = next(policy.parameters()).device
-    context = getattr(policy.lm.config, "max_position_embeddings", None) or 1 << 20
+    context = common.context_length(policy.lm.config)
     if args.max_new_tokens > context // 2:
         args.max_new_tokens = context // 2
         print(f"the model has {context} positions: answers end after {context // 2} tokens", file=sys.stderr)
     torch.manual_seed(args.seed)
     if rows is None:
         while prompt := input("> ").strip():
-            print(answers(policy, tok, [prompt], args, device)[0])
+            texts, _ = answers(policy, tok, [prompt], args, device)
+            print(texts[0])
         return
     prompts, out = [row.get("prompt", row.get("instruction")) for row in rows], []
+    room = context - args.max_new_tokens
+    common.check_lengths(prompts, lambda prompt: common.encode_prompt(tok, prompt), room,
+                         "the model's context, less --max-new-tokens:")
     for i in common.Progress(range(0, len(prompts), args.batch_size), desc="sample"):
         batch = prompts[i:i + args.batch_size]
-        for prompt, answer in zip(batch, answers(policy, tok, batch, args, device), strict=True):
+        for prompt, answer, ended in zip(batch, *answers(policy, tok, batch, args, device), strict=True):
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             name = args.generator or args.policy
-            out.append(dict(instruction=question, output=answer, generator=name))
+            out.append(dict(instruction=question, output=answer, generator=name, ended=ended))
     common.write_json(args.to, out)
     print(f"wrote {len(out)} answers to {args.to}")
 

@@ -60,6 +60,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.width % (2 * args.heads):
         common.die(f"--width {args.width}: must be a multiple of twice --heads {args.heads}")
+    common.check_writable(os.path.join(args.out, "config.json"))
     tok = tokenizer(args.data, args.vocab, args.context)
     torch.manual_seed(args.seed)
     config = LlamaConfig(
