@@ -11,7 +11,6 @@ What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` 
 import argparse
 import contextlib
 import copy
-import datetime
 import functools
 import itertools
 import json
@@ -622,10 +621,11 @@ def prompt_opening(tok):
 def encode_messages(tok, messages, add_generation_prompt=True):
     if tok.chat_template:
         chat = [dict(role=role, content=text) for role, text in messages]
-        # A template that asks for today's date gets a fixed day, so that all stages see one prompt
-        fixed_day = datetime.date(2024, 7, 26).strftime
-        ids = list(tok.apply_chat_template(chat, add_generation_prompt=add_generation_prompt,
-                                           return_dict=False, strftime_now=fixed_day))
+        template = tok.chat_template
+        if "strftime_now" in template:                  # a fixed day, so that all stages see one prompt
+            template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
+        ids = list(tok.apply_chat_template(chat, chat_template=template, return_dict=False,
+                                           add_generation_prompt=add_generation_prompt))
     else:
         text = "".join(f"### {role.capitalize()}:\n{text}\n\n" for role, text in messages)
         ids = tok(text + "### Assistant:\n")["input_ids"]

@@ -103,13 +103,15 @@ def lock(folder):
     """Refuse a folder or file that another run is writing to. The lock ends with its process."""
     folder = os.path.realpath(folder)
     if rank() == 0 and folder not in LOCKED:
-        LOCKED[folder] = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(LOCKED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
             die(f"{folder}: another run is writing there; wait for its end, or write to another place")
         except OSError:                                 # a file system without locks
             pass
+        LOCKED[folder] = descriptor
 
 
 def seed(args):
