@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -561,7 +562,11 @@ def encode_prompt(tok, prompt):
 def encode_messages(tok, messages):
     if tok.chat_template:
         chat = [dict(role=role, content=text) for role, text in messages]
-        ids = list(tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        try:
+            ids = list(tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        except TemplateError as e:                      # no system message, turns that alternate
+            roles = ", ".join(role for role, _ in messages)
+            die(f"{tok.name_or_path}: its chat template refuses a prompt of {roles}: {e}", all_ranks=True)
     else:
         text = "".join(f"### {role.capitalize()}:\n{text}\n\n" for role, text in messages)
         ids = tok(text + "### Assistant:\n")["input_ids"]
