@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -624,8 +625,12 @@ def encode_messages(tok, messages, add_generation_prompt=True):
         template = tok.chat_template
         if "strftime_now" in template:                  # a fixed day, so that all stages see one prompt
             template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
-        ids = list(tok.apply_chat_template(chat, chat_template=template, return_dict=False,
-                                           add_generation_prompt=add_generation_prompt))
+        try:
+            ids = list(tok.apply_chat_template(chat, chat_template=template, return_dict=False,
+                                               add_generation_prompt=add_generation_prompt))
+        except TemplateError as e:                      # of the text, as read_rows tries all orders of roles
+            roles = ", ".join(role for role, _ in messages)
+            die(f"{tok.name_or_path}: its chat template refuses a prompt of {roles}: {e}", all_ranks=True)
     else:
         text = "".join(f"### {role.capitalize()}:\n{text}\n\n" for role, text in messages)
         ids = tok(text + "### Assistant:\n")["input_ids"]

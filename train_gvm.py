@@ -125,8 +125,10 @@ class Labelled(common.Rows):
         rows = []
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
-            for line in common.read_rows(path, *kinds, tok=tok):
-                if "reward" in line:
+            lines = common.read_rows(path, *kinds, tok=tok)
+            labelled = all(set(kinds[0]) <= set(line) for line in lines)    # pairs may have a reward, too
+            for line in lines:
+                if labelled:
                     rows.append(dict(line, policy=line.get("policy")))
                 else:
                     rows.append(dict(common.one_side(line, "chosen"), reward=1))

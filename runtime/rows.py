@@ -90,6 +90,9 @@ def check_row(line, kinds):
             raise ValueError(f"the reward must be a finite number, not {str(row['reward'])[:40]!r}")
     if not texts["prompt"].strip():
         return row, keys, "an empty prompt"
+    for key, side in ("response", ""), ("chosen", "chosen_"), ("rejected", "rejected_"):
+        if key in keys and not row[key].strip() and not row.get(side + "ended", True):
+            return row, keys, "an empty answer that was cut"
     return row, keys, "two equal answers" if "chosen" in keys and row["chosen"] == row["rejected"] else None
 
 

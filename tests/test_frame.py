@@ -125,6 +125,20 @@ def test_the_head_sees_no_padding():
     assert (logp[mask] < 0).all() and (logp[~mask] == 0).all()
 
 
+def test_lora_by_hand():
+    """y = W x + alpha / r B A x, and what merging adds to W."""
+    layer = common.LoRA(torch.nn.Linear(2, 2, bias=False))
+    layer.add("a", r=2, alpha=3, dropout=0.0)
+    layer.base.weight.data = torch.eye(2)
+    layer.A["a"].weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    layer.B["a"].weight.data = torch.tensor([[1.0, 1.0], [0.0, 1.0]])       # B A = [[1, 2], [0, 2]]
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    close(layer(x), x)                                  # off
+    layer.active = "a"
+    close(layer(x), [[1 + 1.5 * 5, 2 + 1.5 * 4], [3 + 1.5 * 1, -1 - 1.5 * 2]])
+    close(layer.delta("a"), [[1.5, 3.0], [0.0, 3.0]])
+
+
 def test_by_length():
     attn = torch.tensor([[1] * n + [0] * (9 - n) for n in (5, 9, 2, 7, 3, 1)])
     assert common.sort_by_length(torch.arange(6), attn, 3).tolist() == [2, 0, 1, 5, 4, 3]  # threes alone

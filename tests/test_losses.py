@@ -1,3 +1,4 @@
+import argparse
 import math
 
 import numpy as np
@@ -20,6 +21,19 @@ def test_td_targets_by_hand():
     # G0 = .5 (.5 x .2 + .5 x .1625)
     # second row: G3 = 2; G2 = .5 (.5 x 4 + .5 x 2) = 1.5; G1 = -1; G0 = .5 (.5 x 2 - .5 x 1) = .25
     close(train_gvm.td_targets(q, score, 0.5, 0.5), [[0.090625, 0.1625, 0.35, 1.0], [0.25, -1.0, 1.5, 2.0]])
+
+
+def test_gvm_loss_by_hand():
+    """Its gradient is 2 (Q - G): none flows into the targets."""
+    nan, args = math.nan, argparse.Namespace(batch_norm=False, gamma=1.0, td_lambda=0.0)
+    q = torch.tensor([[0.1, 0.2, 0.3], [1.0, 2.0, 9.0]], requires_grad=True)
+    score = torch.tensor([[nan, nan, 1.0], [nan, -1.0, nan]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    # targets 0.2, 0.3, 1 | 2, -1: errors -0.1, -0.1, -0.7 | -1, 3
+    loss = train_gvm.gvm_loss(q, score, mask, args)
+    close(loss, 0.01 + 0.01 + 0.49 + 1 + 9)
+    loss.backward()
+    close(q.grad, [[-0.2, -0.2, -1.4], [-2, 6, 0]])
 
 
 def test_batch_norm_by_hand():
