@@ -33,16 +33,17 @@ from transformers.utils import logging as hf_logging
 
 # isort: off
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
-from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
+from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
 from runtime.graphs import StaticDecoder
 from runtime.memory import CHUNK, activation_bytes, check_context, context_length, memory_plan, positions
-from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
+from runtime.metrics import Metrics, Progress, mean_over_ranks, peak_bytes
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, check_writable
-from runtime.processes import deepspeed, die, finish, gathered, lock, missing_model, rank, seed, start, world
+from runtime.processes import deepspeed, die, finish, gathered, lock, missing_model, rank, world
 from runtime.processes import write_json, writing
-from runtime.rows import Rows, batch_indices, behind_system, check_lengths, load_function, only_text
+from runtime.rows import Rows, behind_system, check_lengths, load_function, only_text
 from runtime.rows import one_side, read_rows, show_batch
+from runtime.run import Run
 # isort: on
 
 hf_logging.set_verbosity_error()
@@ -497,71 +498,22 @@ def load_model(path, args=None, trainable=True):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# DeepSpeed
+# Statistics over tokens and ranks
 
 
-def ds_config(args, model, rows, accum=1):
-    """ds_config.json (--ds-config), with what the flags decide filled in."""
-    try:
-        with open(args.ds_config) as f:
-            config = json.load(f)
-    except (OSError, ValueError) as e:
-        die(f"--ds-config {args.ds_config}: {e}")
-    decided = dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
-    zero = config.setdefault("zero_optimization", {})
-    ours = {"train_batch_size", "optimizer", "scheduler", "fp16", "stage", *decided}
-    if taken := ours & {*config, *zero}:
-        die(f"--ds-config {args.ds_config}: {', '.join(sorted(taken))}: the flags decide that; take it out")
-    zero["stage"] = args.zero
-    if args.offload:                                    # with torch's own AdamW, which needs no compiler
-        zero["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
-        config["zero_force_ds_cpu_optimizer"] = False
-    # DeepSpeed's bf16 mode casts every weight. A whole model needs it, for the fp32 weights of its optimizer;
-    # adapters and heads are fp32 and must stay so, trained or frozen.
-    bf16 = torch.bfloat16 in {p.dtype for p in model.parameters() if p.requires_grad}
-    return config | decided | dict(bf16=dict(enabled=bf16))
+def masked_moments(x, mask):
+    """Mean and standard deviation of x where mask, over all ranks, in fp32: of one shape -> two scalars."""
+    x, n = x.float(), all_sum(mask.sum().float())
+    mean = all_sum((x * mask).sum()) / n
+    var = all_sum(((x - mean) ** 2 * mask).sum()) / n
+    return mean, var.clamp(min=1e-12).sqrt()
 
 
-def engine(model, args, lr, rows, accum=1):
-    """DeepSpeed engine with fused AdamW over what is trainable: `accum` forwards of `rows` rows each."""
-
-    def layer(item):
-        return (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
-
-    # One optimizer group per layer: ZeRO-1/2 upcast the gradients of one group at a time (all: 19 GB at 3B).
-    trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    config = ds_config(args, model, rows, accum)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    if world() == 1 and not args.zero:
-        engine.enable_backward_allreduce = False        # a copy of all gradients, to sum them over one rank
-    return engine
-
-
-def frozen(model, args):
-    """A model that only runs forward: as it is, or at ZeRO-3 sharded over the ranks."""
-    if args.zero == 3:
-        model = deepspeed.initialize(model=model, config=ds_config(args, model, 1))[0]
-    model.eval()
-    return model
-
-
-def actor(model, args):
-    """The module that rollouts decode with. Call it before `engine`, and `refresh` before each rollout.
-
-    Below ZeRO-3 the model itself. At ZeRO-3 each token would gather all layers again, so a plain copy
-    decodes: the weights once more per GPU, and ranks may stop at different lengths.
-    """
-    return copy.deepcopy(model).requires_grad_(False).eval() if args.zero == 3 else model
-
-
-def refresh(actor, model):
-    """Bring the copy up to date: the only gather of a rollout, one weight at a time."""
-    if actor is not model:
-        for own, trained in zip(actor.parameters(), model.parameters(), strict=True):
-            with torch.no_grad(), gathered([trained]):
-                own.copy_(trained)
+def token_mean(stats, key):
+    """Mean over the tokens of all ranks: means of micro-batches, [{key: mean, n: tokens}, ...] -> scalar."""
+    n = torch.stack([s["n"] for s in stats]).float()
+    total = (torch.stack([s[key] for s in stats]) * n).sum()
+    return all_sum(total) / all_sum(n.sum())
 
 
 def adapt_kl_coef(kl_coef, kl, kl_before, target):
@@ -574,11 +526,6 @@ def adapt_kl_coef(kl_coef, kl, kl_before, target):
         return kl_coef
     ahead = kl + 5 * (kl - kl_before)
     return kl_coef * (1 + 0.1 * min(max(ahead / target - 1, -1), 1))
-
-
-def set_lr(engine, lr):
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -807,19 +754,22 @@ def sort_by_length(order, attn, size):
 
 
 @torch.no_grad()
-def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, adapter=None, n=256):
+def evaluate(run, rollout, model, policy, trunk, tok, rows, reward, adapter=None, n=256):
     """Roll out about n held-out prompts: gold reward, KL to the reference, length -> OUT/summary.json.
 
     The answers of rank 0 go to OUT/samples.jsonl.
     """
-    stride = args.batch_size * world()
-    sums, samples, count = {}, [], -(-n // stride)
+    args = run.args
+    stride = args.batch_size * run.world
+    batches = -(-n // stride)
+    actor = run.actor(model)
     policy.eval()
-    for i in range(count):
-        index = range(i * stride + rank(), (i + 1) * stride, world())
+    sums, samples = {}, []
+    for i in range(batches):
+        index = range(i * stride + run.rank, (i + 1) * stride, run.world)
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
         prompt_ids = [encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
-        ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, device, adapter)
+        ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, run.device, adapter)
         logp = policy(ids, attn, mask.shape[1], adapter, temperature=args.temperature)
         ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
         found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(),
@@ -830,10 +780,8 @@ def evaluate(rollout, actor, policy, trunk, tok, rows, reward, args, device, ada
         if reward:
             found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])
         for key, value in mean_over_ranks(found).items():
-            sums[key] = sums.get(key, 0.0) + value / count
-    write_json(f"{args.out}/summary.json", dict(sums, rollouts=count * stride, peak_bytes=peak_bytes()))
-    if rank() == 0:
-        with writing(f"{args.out}/samples.jsonl"), open(f"{args.out}/samples.jsonl", "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in samples)
-        numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
-        print(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")
+            sums[key] = sums.get(key, 0.0) + value / batches
+    run.write("summary.json", dict(sums, rollouts=batches * stride, peak_bytes=peak_bytes()))
+    run.write_lines("samples.jsonl", samples)
+    numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
+    run.say(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")

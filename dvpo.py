@@ -32,7 +32,6 @@ Deviations from the paper
     deepspeed --num_gpus 8 dvpo.py --model llama3-3b            eight
 """
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -43,36 +42,37 @@ import common
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl")
-    p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
-    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
-    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="the global value model, from train_gvm.py")
-    p.add_argument("--gold", default=d.reward,
-                   help="FILE.py:function(prompt, response) -> float, logged and never trained on")
-    p.add_argument("--reward", help=argparse.SUPPRESS)          # its old name
-    p.add_argument("--out", default=f"{d.out}/dvpo", help="folder to write")
-    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
-    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
-    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
-    p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
-    p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
-                   help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
-    p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
-    p.add_argument("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
-    p.add_argument("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
-                   help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
-    p.add_argument("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
-    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target,
-                   help="nats per response that the coefficient adapts to; 0: constant")
-    p.add_argument("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
-    p.add_argument("--lora", action="store_true",
-                   help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
+    flag = p.add_argument
+    flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    flag("--init-from", default=d.start, help="SFT model: first policy, reference")
+    flag("--gvm", default=f"{d.out}/gvm/model", help="the global value model, from train_gvm.py")
+    flag("--gold", default=d.reward,
+         help="FILE.py:function(prompt, response) -> float, logged and never trained on")
+    flag("--reward", help=argparse.SUPPRESS)          # its old name
+    flag("--out", default=f"{d.out}/dvpo", help="folder to write")
+    flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
+    flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
+    flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
+    flag("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
+    flag("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
+    flag("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
+         help="linear decay to 0: the last update cannot break the policy (paper: not given)")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
+    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
+    flag("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
+         help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
+    flag("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
+    flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
+    flag("--kl-target", type=float, default=d.kl_target,
+         help="nats per response that the coefficient adapts to; 0: constant")
+    flag("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
+    flag("--lora", action="store_true",
+         help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     args = common.parse(p, argv)
     if args.reward is not None:
         common.die(f"--reward is --gold now, as it is not trained on: --gold {args.reward}")
@@ -158,136 +158,137 @@ def main(argv=None):
     tok = common.load_tokenizer(args.init_from)
     data = common.read_prompts(tok, args.data, args.max_prompt_length)
     heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
-    device = common.start(args)
+    run = common.Run(args, "dvpo", show=("gold", "kl", "q_mean", "ended", "length"))
+    device = run.device
 
-    # Models: the policy, and one frozen trunk for reference and GVM. With --lora the policy is its adapter.
+    # One frozen trunk is the reference (adapter off) and the global value model (adapter "gvm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
-    meta = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
-    tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
-    tau_room = common.room_for_tau(meta, args, tau_pairs)         # tokens
-    model, adapter = trunk, "policy"
+    gvm = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+    tau_pairs = gvm["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
+
+    # The policy is a second model, or with --lora another adapter on the trunk.
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
+        model = trunk
+        adapter = "policy"
+        models = {"policy": trunk}
     else:
-        model, adapter = common.load_model(args.init_from, args), None
-    models = {"policy": model} if args.lora else {"policy": model, "frozen": trunk}
-    kv_cache = args.batch_size, length                            # rows and length of the rollout
-    common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
-    actor = common.actor(model, args)
-    policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
-    trunk = policy if args.lora else common.frozen(trunk, args)
+        model = common.load_model(args.init_from, args)
+        adapter = None
+        models = {"policy": model, "frozen": trunk}
+    length = args.max_prompt_length + args.max_new_tokens
+    kv_cache = (args.batch_size, length)                                # rows and length of the rollout
+    run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
+    tau_room = common.room_for_tau(gvm, args, tau_pairs)                # tokens
+    policy = run.engine("policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
+    trunk = policy if args.lora else run.frozen(trunk)
 
-    batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
-    opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, policy=policy)
-    first, state = checkpoints.load()
-    shown = "gold", "kl", "q_mean", "ended", "length"
-    metrics = common.Metrics(args.out, args.max_steps, "dvpo", shown, policy, first)
+    def prompts_of(step):
+        """Row numbers and prompt ids of this rank's rollouts in that step."""
+        index = run.batch(len(data), args.batch_size, step)
+        return index, [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
-    def encode_prompts(step):
-        index = common.batch_indices(len(data), batch, step, args.seed)
-        return [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
-
+    state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
-    kl_before = state.get("kl", 0.0)                              # of the last step
-    buffer = state.get("buffer")                                  # prompts and responses of the last rollouts
-    if buffer is None and tau_pairs and not args.dry_run:         # tau must not show the answers it values
-        prompts = encode_prompts(args.max_steps)                  # of the step that would follow the last
-        common.refresh(actor, model)
+    kl_before = state.get("kl", 0.0)                                    # of the last step
+    buffer = state.get("buffer")                    # prompts and responses of the last rollouts, for tau
+
+    # Tau must not show the answers that it values: the first one comes from rollouts that are not trained on.
+    if buffer is None and tau_pairs and not args.dry_run:
+        _, prompts = prompts_of(args.max_steps)                         # the step that would follow the last
         policy.eval()
-        ids, _, mask, _ = rollout(actor, prompts, tok, args, device, adapter)
-        buffer = prompts, common.unpad(ids, mask)
+        ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device, adapter)
+        buffer = (prompts, common.unpad(ids, mask))
 
-    for step in range(first, args.max_steps):
-        seconds = {}
-        index = common.batch_indices(len(data), batch, step, args.seed)
-        prompts = encode_prompts(step)
+    for step in run.steps(args.max_steps):
+        index, prompts = prompts_of(step)
 
-        # 1. rollout
-        with common.clock(seconds, "generate"):
+        # 1. Rollout: a sampled response per prompt
+        with run.phase("generate"):
             policy.eval()
-            common.refresh(actor, model)
-            ids, attn, mask, ended = rollout(actor, prompts, tok, args, device, adapter)
-            T, responses = mask.shape[1], common.unpad(ids, mask)
+            ids, attn, mask, ended = rollout(run.actor(model), prompts, tok, args, device, adapter)
+        T = mask.shape[1]
+        responses = common.unpad(ids, mask)
+        texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         if args.dry_run:
             return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
-        with common.clock(seconds, "score"), torch.no_grad():
-            # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
-            order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
-            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
-            old_logp = common.forward_in_micro_batches(policy, *rows, adapter=adapter, **sampled)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
+        with run.phase("score"), torch.no_grad():
+            # 2. Log-probs of policy and reference, in the micro-batches of the update, so that the first
+            #    ratio is exactly 1. Rows of one update are sorted by length: less padding.
+            rows_per_update = args.mini_batch_size * args.grad_accum
+            order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
+            rows = (ids, attn, T, order, args.mini_batch_size)
+            old_logp = common.forward_in_micro_batches(
+                policy, *rows, adapter=adapter, temperature=args.temperature)           # (B, T)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=args.temperature)
 
-            # 3. value, given tau: some of the policy's own latest answers, read once for all rows
-            rng = np.random.default_rng([args.seed, step, common.rank()])
-            drawn = common.draw_tau(tok, buffer, tau_pairs, tau_room, meta["tau_length"], rng)
-            tau_ids, tau_shown = drawn
-            cache = common.read_prefix(trunk, tau_ids, "gvm", "gvm", device)
-            behind_tau = [common.append_to_prefix(tok, tau_ids, p) for p in prompts]                # one bos
-            if cache:                                             # which holds tau already
-                behind_tau = [p[len(tau_ids):] for p in behind_tau]
+            # 3. Value of every token, given tau: some of the policy's own latest answers. One tau serves all
+            #    rows of this rank and is read once; its pairs are drawn by a seed of their own.
+            rng = np.random.default_rng([args.seed, step, run.rank])
+            tau, tau_shown = common.draw_tau(tok, buffer, tau_pairs, tau_room, gvm["tau_length"], rng)
+            cache = common.read_prefix(trunk, tau, "gvm", "gvm", device)
+            behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]        # one bos
+            if cache:                                                   # which holds tau already
+                behind_tau = [p[len(tau):] for p in behind_tau]
             gvm_ids, gvm_attn, _ = common.frame(behind_tau, responses, device)
-            rows = gvm_ids, gvm_attn, T, order, args.mini_batch_size
-            q = common.forward_in_micro_batches(trunk, *rows, cache, adapter="gvm", head="gvm")     # (B, T+1)
-            buffer = prompts, responses
-            del cache                                             # frees memory for the update
+            rows = (gvm_ids, gvm_attn, T, order, args.mini_batch_size)
+            q = common.forward_in_micro_batches(trunk, *rows, cache, adapter="gvm", head="gvm")  # (B, T+1)
+            buffer = (prompts, responses)
+            del cache                                                   # frees memory for the update
 
-        # 4. advantage
+        # 4. Advantage: what the token did to the value, less its own share of the KL to the reference
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
-        adv = advantage(q, mask, args.advantage, meta["q_std"]) - kl_coef * log_ratio_ref           # (B, T)
-        kl = (log_ratio_ref * mask).sum(1).mean()                                         # nats per response
+        adv = advantage(q, mask, args.advantage, gvm["q_std"]) - kl_coef * log_ratio_ref        # (B, T)
+        kl = (log_ratio_ref * mask).sum(1).mean()                       # nats per response
 
-        # 5. update
-        with common.clock(seconds, "train"):
+        # 5. Update: a few passes of clipped PPO over the rollouts, eq. (3)
+        with run.phase("train"):
             policy.train()
             if args.lr_decay:
-                common.set_lr(policy, args.lr * (1 - step / args.max_steps))
-            stats, updates = [], 0
+                run.set_lr(policy, args.lr * (1 - step / args.max_steps))
+            stats = []
+            updates = 0
             for epoch in range(args.ppo_epochs):
                 if epoch > 0:
-                    order = common.sort_by_length(torch.randperm(args.batch_size), attn, opt_rows)
-                done = len(stats)
-                for group in order.split(opt_rows):
+                    shuffled = torch.randperm(args.batch_size)
+                    order = common.sort_by_length(shuffled, attn, rows_per_update)
+                first_of_epoch = len(stats)
+                for group in order.split(rows_per_update):
                     n_tokens = common.all_sum(mask[group].sum())
-                    for m in group.split(args.mini_batch_size):             # rows of one mini-batch
+                    for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
                         loss, stat = clipped_ppo_loss(logp, old_logp[m], adv[m], mask[m], args.clip)
-                        share = mask[m].sum() / n_tokens        # a token mean over the whole optimizer batch
-                        scale = common.world() * args.grad_accum                # DeepSpeed divides by both
-                        policy.backward(loss * share * scale)
+                        # A mean over the tokens of the whole update. DeepSpeed divides by passes and ranks.
+                        share = mask[m].sum() / n_tokens
+                        policy.backward(loss * share * run.world * args.grad_accum)
                         policy.step()
                         stats.append(dict(stat, loss=loss.detach(), n=mask[m].sum()))
                     updates += 1
-                kl_step = common.token_mean(stats[done:], "kl_step")
-                if common.mean_over_ranks(dict(kl=kl_step))["kl"] > 1.5 * args.kl_stop:
+                # Early stop: this epoch moved the policy too far from the one that sampled
+                if common.token_mean(stats[first_of_epoch:], "kl_step") > 1.5 * args.kl_stop:
                     break
 
-        # 6. log, save, adapt the KL coefficient
-        texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
+        # 6. Log, save, adapt the KL coefficient
         row = {key: common.token_mean(stats, key) for key in ("loss", "clip_frac", "kl_step")}
         if gold:
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         q_mean, q_std = common.masked_moments(q[:, 1:], mask)
-        adv_std = common.masked_moments(adv, mask)[1]
-        row |= dict(seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(),
-                    adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates,
-                    entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
-                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()),
-                    tau_pairs=tau_shown, tau_tokens=len(tau_ids))
-        row = metrics.log(step, **row)
+        _, adv_std = common.masked_moments(adv, mask)
+        minus_entropy, _ = common.masked_moments(old_logp, mask)
+        row = run.log(
+            **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(), adv_std=adv_std,
+            ratio_first=stats[0]["ratio"], updates=updates, entropy=-minus_entropy,
+            ended=ended.float().mean(), length=mask.sum(1).float().mean(),
+            tokens=common.all_sum(mask.sum()), tau_pairs=tau_shown, tau_tokens=len(tau))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
-        if (step + 1) % args.save_every == 0:
-            common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
-        checkpoints.save(step, kl_coef=kl_coef, kl=kl_before, buffer=buffer)
+        run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
+        if run.saves_model():
+            run.save_model(model, tok, adapter)
 
-    common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
-    common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device, adapter)
+    run.save_model(model, tok, adapter)
+    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

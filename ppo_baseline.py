@@ -44,49 +44,50 @@ RM_FLAGS = ("pairs", "rm_lr", "rm_batch_size", "rm_epochs", "rm_max_steps", "max
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rm", "rl")
-    p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
-    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
-    p.add_argument("--rm", default=f"{d.out}/rm/model", help="reward model; trained first if not there")
-    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
-    p.add_argument("--critic-from", choices=("rm", "gvm"), default="rm", help="what the critic starts from")
-    p.add_argument("--freeze-critic", action="store_true", help="leave the critic as it starts")
-    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
-    p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
-    p.add_argument("--out", default=f"{d.out}/ppo", help="folder to write")
-    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
-    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
-    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
-    p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
-    p.add_argument("--critic-lr", type=float, default=d.critic_lr, help="of the critic (paper 2e-6)")
-    p.add_argument("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
-                   help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
-    p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
-    p.add_argument("--gamma", type=float, default=1.0, help="discount per token")
-    p.add_argument("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
-    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
-    p.add_argument("--clip", type=float, default=0.2, help="eps, also of the value clip (paper: not given)")
-    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
-    p.add_argument("--kl-target", type=float, default=d.kl_target,
-                   help="nats per response that the coefficient adapts to; 0: constant")
-    p.add_argument("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
-    rm = p.add_argument_group("reward model")
-    rm.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
-    rm.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
-    rm.add_argument("--rm-only", action="store_true", help="train the reward model, then end")
-    rm.add_argument("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate (paper 2e-5)")
-    rm.add_argument("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step (paper 4)")
-    rm.add_argument("--rm-epochs", type=float, default=d.rm_epochs, help="passes over the pairs (paper 2)")
-    rm.add_argument("--rm-max-steps", type=int, help="stop after so many steps, whatever --rm-epochs says")
-    rm.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
-    rm.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
-    rm.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
-    rm.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
+    flag = p.add_argument
+    flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    flag("--init-from", default=d.start, help="SFT model: first policy, reference")
+    flag("--rm", default=f"{d.out}/rm/model", help="reward model; trained first if not there")
+    flag("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
+    flag("--critic-from", choices=("rm", "gvm"), default="rm", help="what the critic starts from")
+    flag("--freeze-critic", action="store_true", help="leave the critic as it starts")
+    flag("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
+    flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
+    flag("--out", default=f"{d.out}/ppo", help="folder to write")
+    flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
+    flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
+    flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
+    flag("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
+    flag("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
+    flag("--critic-lr", type=float, default=d.critic_lr, help="of the critic (paper 2e-6)")
+    flag("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
+         help="linear decay to 0: the last update cannot break the policy (paper: not given)")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
+    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    flag("--gamma", type=float, default=1.0, help="discount per token")
+    flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
+    flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
+    flag("--clip", type=float, default=0.2, help="eps, also of the value clip (paper: not given)")
+    flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
+    flag("--kl-target", type=float, default=d.kl_target,
+         help="nats per response that the coefficient adapts to; 0: constant")
+    flag("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
+    rm_flag = p.add_argument_group("reward model").add_argument
+    rm_flag("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
+    rm_flag("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
+    rm_flag("--rm-only", action="store_true", help="train the reward model, then end")
+    rm_flag("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate (paper 2e-5)")
+    rm_flag("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step (paper 4)")
+    rm_flag("--rm-epochs", type=float, default=d.rm_epochs, help="passes over the pairs (paper 2)")
+    rm_flag("--rm-max-steps", type=int, help="stop after so many steps, whatever --rm-epochs says")
+    rm_flag("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
+    rm_flag("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
+    rm_flag("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
+    rm_flag("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
     args = common.parse(p, argv)
     # What was asked for of the reward model: one that is there already must have been trained so.
     words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
@@ -167,58 +168,61 @@ def scores(model, ids, attn, mask):
     return model(ids, attn, mask.shape[1], "rm", head="rm").gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
 
-def train_reward_model(args, tok, device):
+def train_reward_model(args, tok):
     """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
     train = common.read_pairs(args.pairs, tok, args.max_length)
     heldout = common.read_pairs([args.pairs_heldout], tok, args.max_length)
-    rm = common.load_model(args.init_from, args, trainable=False)
-    rm.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
-    rm.add_head("rm")
-    batch = args.rm_batch_size * common.world()
-    steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / batch)
     out = args.out if args.dry_run else os.path.dirname(args.rm)
-    os.makedirs(out, exist_ok=True)
-    common.memory_plan({"trunk, reward model": rm}, args, 2 * args.rm_batch_size, args.max_length)
-    engine = common.engine(rm, args, args.rm_lr, args.rm_batch_size)
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, out, rm=engine)
-    first, state = checkpoints.load()
-    metrics = common.Metrics(out, steps, "rm", ("loss", "accuracy"), engine, first)
+    run = common.Run(args, "rm", show=("loss", "accuracy"), out=out)
+    model = common.load_model(args.init_from, args, trainable=False)
+    model.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
+    model.add_head("rm")
+    pairs_per_step = args.rm_batch_size * run.world
+    steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / pairs_per_step)
+    run.plan_memory({"trunk, reward model": model}, 2 * args.rm_batch_size, args.max_length)
+    engine = run.engine("rm", model, args.rm_lr, args.rm_batch_size)
 
-    def frame(rows):                                              # 2 B rows: the chosen, then the rejected
-        sides = [common.one_side(pair, side) for side in ("chosen", "rejected") for pair in rows]
-        return common.packed_frame([common.pack(tok, r, [], args.max_length, 0) for r in sides], device)
+    def frame(pairs):
+        """2 B rows: the chosen answers, then the rejected."""
+        sides = [common.one_side(pair, side) for side in ("chosen", "rejected") for pair in pairs]
+        sequences = [common.pack(tok, row, [], args.max_length, 0) for row in sides]
+        return common.packed_frame(sequences, run.device)
 
+    state = run.resume()
+    seen = [x.to(run.device) for x in state.get("seen", [])]            # scores of the last 100 batches
     if args.dry_run:
         return common.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
     engine.train()
-    seen = [x.to(device) for x in state.get("seen", [])]
-    for step in range(first, steps):
-        index = common.batch_indices(len(train), batch, step, args.seed)
+    for step in run.steps(steps):
+        index = run.batch(len(train), args.rm_batch_size, step)
         chosen, rejected = scores(engine, *frame([train[i] for i in index])).chunk(2)
         loss = pairwise_loss(chosen, rejected)
-        common.set_lr(engine, args.rm_lr * (1 - step / steps))
+        run.set_lr(engine, args.rm_lr * (1 - step / steps))
         engine.backward(loss)
         engine.step()
         seen = [*seen, torch.cat([chosen, rejected]).detach()][-100:]
-        metrics.log(step, loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
-        checkpoints.save(step, seen=seen)
+        run.log(loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
+        run.keep(seen=seen)
+
+    # Held-out accuracy: every rank scores as many pairs, and none counts twice
     engine.eval()
-    right, seen = torch.zeros((), device=device), torch.cat(seen)
+    right = torch.zeros((), device=run.device)
     with torch.no_grad():
-        for start in range(0, len(heldout), batch):
-            own = range(start + common.rank(), start + batch, common.world())       # as many on every rank
-            chosen, rejected = scores(engine, *frame([heldout[i % len(heldout)] for i in own])).chunk(2)
-            new = torch.tensor([i < len(heldout) for i in own], device=device)      # no pair counts twice
+        for start in range(0, len(heldout), pairs_per_step):
+            index = range(start + run.rank, start + pairs_per_step, run.world)
+            pairs = [heldout[i % len(heldout)] for i in index]
+            chosen, rejected = scores(engine, *frame(pairs)).chunk(2)
+            new = torch.tensor([i < len(heldout) for i in index], device=run.device)
             right += ((chosen > rejected) & new).sum()
-    mean, std = common.masked_moments(seen, torch.ones_like(seen))
-    std = std.clamp(min=0.1)                                      # after few steps all scores are still 0
     accuracy = common.all_sum(right) / len(heldout)
-    meta = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
-    meta |= common.mean_over_ranks(dict(mean=mean, std=std, accuracy=accuracy))
-    common.save_adapter(rm, "rm", tok, args.rm, **meta)
-    if common.rank() == 0:
-        print(f"reward model: held-out pair accuracy {meta['accuracy']:.3f}; wrote {args.rm}")
+
+    seen = torch.cat(seen)
+    mean, std = common.masked_moments(seen, torch.ones_like(seen))
+    std = std.clamp(min=0.1)                                            # after few steps all scores are 0
+    about = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
+    about |= dict(mean=mean.item(), std=std.item(), accuracy=accuracy.item())
+    common.save_adapter(model, "rm", tok, args.rm, **about)
+    run.say(f"reward model: held-out pair accuracy {about['accuracy']:.3f}; wrote {args.rm}")
 
 
 def check_reward_model(args, meta):
@@ -241,172 +245,180 @@ def start_critic(critic, trunk, name, mean, std):
 
 def main(argv=None):
     args = parse_args(argv)
-    reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
+    reward = common.load_function(args.reward)
+    gold = common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
     data = common.read_prompts(tok, args.data, args.max_prompt_length)
     heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
-    device = common.start(args)
-
-    # Models: policy and critic, and one frozen trunk for reference and reward model.
+    run = common.Run(args, "ppo", show=("gold", "kl", "score", "ended", "length"))
+    device = run.device
     if args.rm_only or (reward is None and not os.path.exists(args.rm)):
-        train_reward_model(args, tok, device)
+        train_reward_model(args, tok)
         if args.dry_run or args.rm_only:
             return
+
+    # One frozen trunk is the reference (adapter off) and the reward model (adapter "rm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     if reward is None:
-        meta = common.load_adapter(trunk, tok, args.rm, f"rm -r {args.rm}; python ppo_baseline.py")
-        check_reward_model(args, meta)
+        rm = common.load_adapter(trunk, tok, args.rm, f"rm -r {args.rm}; python ppo_baseline.py")
+        check_reward_model(args, rm)
+
+    # The policy is a second model, the critic a third.
     model = common.load_model(args.init_from, args)
     critic_model = common.load_model(args.init_from, args, trainable=not args.freeze_critic)
-    if args.critic_from == "gvm":                                 # in units of the rewards of this run
+    length = args.max_prompt_length + args.max_new_tokens
+    critic_length = length
+    if args.critic_from == "gvm":                                       # in units of the rewards of this run
         gvm = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
         if "reward_mean" not in gvm:
             common.die(f"--gvm {args.gvm}: does not say what its rewards were; train it again")
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
-        tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])
+        critic_length = gvm["max_length"]
         start_critic(critic_model, trunk, "gvm", *unit)
     elif reward is None:
-        start_critic(critic_model, trunk, "rm", meta["mean"], meta["std"])
+        start_critic(critic_model, trunk, "rm", rm["mean"], rm["std"])
     else:
         critic_model.add_head("critic")
-    models, kv_cache = {"policy": model, "critic": critic_model, "frozen": trunk}, (args.batch_size, length)
-    longest = gvm["max_length"] if args.critic_from == "gvm" else length
-    common.memory_plan(models, args, args.mini_batch_size, longest, args.max_new_tokens, kv_cache)
-    actor = common.actor(model, args)
-    policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
-    engines = dict(policy=policy)
+    models = {"policy": model, "critic": critic_model, "frozen": trunk}
+    kv_cache = (args.batch_size, length)                                # rows and length of the rollout
+    run.plan_memory(models, args.mini_batch_size, critic_length, args.max_new_tokens, kv_cache)
+    if args.critic_from == "gvm":
+        tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])     # tokens
+    policy = run.engine("policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
     if args.freeze_critic:
-        critic = common.frozen(critic_model, args)
+        critic = run.frozen(critic_model)
     else:
-        critic = common.engine(critic_model, args, args.critic_lr, args.mini_batch_size, args.grad_accum)
-        engines |= dict(critic=critic)
-    trunk = common.frozen(trunk, args)
+        critic = run.engine("critic", critic_model, args.critic_lr, args.mini_batch_size, args.grad_accum)
+    trunk = run.frozen(trunk)
 
-    batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
-    opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, **engines)
-    first, state = checkpoints.load()
-    shown = "gold", "kl", "score", "ended", "length"
-    metrics = common.Metrics(args.out, args.max_steps, "ppo", shown, policy, first)
+    def prompts_of(step):
+        """Row numbers and prompt ids of this rank's rollouts in that step."""
+        index = run.batch(len(data), args.batch_size, step)
+        return index, [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
+
+    state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
-    kl_before = state.get("kl", 0.0)                              # of the last step
-    buffer = state.get("buffer")                                  # the last rollouts, for the GVM's tau
+    kl_before = state.get("kl", 0.0)                                    # of the last step
+    buffer = state.get("buffer")                    # prompts and responses of the last rollouts, for tau
+
+    # As in dvpo.py, where the critic is a GVM: the first tau comes from rollouts that are not trained on.
     if buffer is None and args.critic_from == "gvm" and not args.dry_run:
-        index = common.batch_indices(len(data), batch, args.max_steps, args.seed)      # as in dvpo.py
-        prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
-        common.refresh(actor, model)
+        _, prompts = prompts_of(args.max_steps)                         # the step that would follow the last
         policy.eval()
-        ids, _, mask, _ = rollout(actor, prompts, tok, args, device)
-        buffer = prompts, common.unpad(ids, mask)
+        ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device)
+        buffer = (prompts, common.unpad(ids, mask))
 
-    for step in range(first, args.max_steps):
-        seconds = {}
-        index = common.batch_indices(len(data), batch, step, args.seed)
-        prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
+    for step in run.steps(args.max_steps):
+        index, prompts = prompts_of(step)
 
-        # 1. rollout
-        with common.clock(seconds, "generate"):
+        # 1. Rollout: a sampled response per prompt
+        with run.phase("generate"):
             policy.eval()
             critic.eval()
-            common.refresh(actor, model)
-            ids, attn, mask, ended = rollout(actor, prompts, tok, args, device)
-            T, responses = mask.shape[1], common.unpad(ids, mask)
+            ids, attn, mask, ended = rollout(run.actor(model), prompts, tok, args, device)
+        T = mask.shape[1]
+        responses = common.unpad(ids, mask)
+        texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         if args.dry_run:
             return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
-        with common.clock(seconds, "score"), torch.no_grad():
-            # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
-            order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
-            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
-            old_logp = common.forward_in_micro_batches(policy, *rows, **sampled)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
+        with run.phase("score"), torch.no_grad():
+            # 2. Log-probs of policy and reference, in the micro-batches of the update, so that the first
+            #    ratio is exactly 1. Rows of one update are sorted by length: less padding.
+            rows_per_update = args.mini_batch_size * args.grad_accum
+            order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
+            rows = (ids, attn, T, order, args.mini_batch_size)
+            old_logp = common.forward_in_micro_batches(policy, *rows, temperature=args.temperature)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=args.temperature)
 
-            # 3. value of the critic before each token, and the reward of the whole response
-            seen_by_critic = ids, attn
+            # 3. Value of the critic before each token, and the reward of the whole response
+            seen_by_critic = (ids, attn)
             if args.critic_from == "gvm":
-                rng = np.random.default_rng([args.seed, step, common.rank()])
-                drawn = common.draw_tau(tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
-                tau_ids = drawn[0]
-                after_tau = [common.append_to_prefix(tok, tau_ids, p) for p in prompts]
-                seen_by_critic = common.frame(after_tau, responses, device)[:2]
-                buffer = prompts, responses
-            parts = *seen_by_critic, T, order, args.mini_batch_size
-            values = common.forward_in_micro_batches(critic, *parts, head="critic")[:, :-1]         # (B, T)
-            texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
-            if reward:                                                                              # (B,)
+                rng = np.random.default_rng([args.seed, step, run.rank])
+                tau, _ = common.draw_tau(tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
+                behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]
+                seen_by_critic = common.frame(behind_tau, responses, device)[:2]
+                buffer = (prompts, responses)
+            critic_rows = (*seen_by_critic, T, order, args.mini_batch_size)
+            values = common.forward_in_micro_batches(critic, *critic_rows, head="critic")       # (B, T+1)
+            values = values[:, :-1]                                                             # (B, T)
+            if reward:
                 score = [reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)]
-                score = torch.tensor(score, device=device)
+                score = torch.tensor(score, device=device)                                      # (B,)
             else:
                 score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
-                score = (score.gather(1, mask.sum(1, keepdim=True)).squeeze(1) - meta["mean"]) / meta["std"]
+                score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)                   # (B,)
+                score = (score - rm["mean"]) / rm["std"]
 
-        # 4. advantage
+        # 4. Advantage: GAE of the KL penalties and, at the last token, the reward
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
-        rewards = -kl_coef * log_ratio_ref * mask                                                   # (B, T)
-        rewards[torch.arange(args.batch_size), mask.sum(1) - 1] += score - args.missing_eos_penalty * ~ended
+        rewards = -kl_coef * log_ratio_ref * mask                                               # (B, T)
+        last = mask.sum(1) - 1
+        rewards[torch.arange(args.batch_size), last] += score - args.missing_eos_penalty * ~ended
         adv, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
         mean, std = common.masked_moments(adv, mask)
         adv = (adv - mean) / (std + 1e-8) * mask
-        kl = (log_ratio_ref * mask).sum(1).mean()                                         # nats per response
+        kl = (log_ratio_ref * mask).sum(1).mean()                       # nats per response
 
-        # 5. update
-        with common.clock(seconds, "train"):
+        # 5. Update: a few passes of clipped PPO over the rollouts, eq. (3), and of the critic
+        with run.phase("train"):
             policy.train()
             critic.train(not args.freeze_critic)
             if args.lr_decay:
-                common.set_lr(policy, args.lr * (1 - step / args.max_steps))
+                run.set_lr(policy, args.lr * (1 - step / args.max_steps))
                 if not args.freeze_critic:
-                    common.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
-            stats, updates = [], 0
+                    run.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
+            stats = []
+            updates = 0
             for epoch in range(args.ppo_epochs):
                 if epoch > 0:
-                    order = common.sort_by_length(torch.randperm(args.batch_size), attn, opt_rows)
-                done = len(stats)
-                for group in order.split(opt_rows):
+                    shuffled = torch.randperm(args.batch_size)
+                    order = common.sort_by_length(shuffled, attn, rows_per_update)
+                first_of_epoch = len(stats)
+                for group in order.split(rows_per_update):
                     n_tokens = common.all_sum(mask[group].sum())
-                    for m in group.split(args.mini_batch_size):             # rows of one mini-batch
+                    for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, temperature=args.temperature)
                         loss, stat = clipped_ppo_loss(logp, old_logp[m], adv[m], mask[m], args.clip)
-                        share = mask[m].sum() / n_tokens        # a token mean over the whole optimizer batch
-                        scale = common.world() * args.grad_accum                # DeepSpeed divides by both
+                        # A mean over the tokens of the whole update. DeepSpeed divides by passes and ranks.
+                        share = mask[m].sum() / n_tokens
+                        scale = run.world * args.grad_accum
                         policy.backward(loss * share * scale)
                         policy.step()
-                        v_loss = value_loss(values[m], values[m], returns[m], mask[m], args.clip)
-                        if not args.freeze_critic:
+                        if args.freeze_critic:
+                            v_loss = value_loss(values[m], values[m], returns[m], mask[m], args.clip)
+                        else:
                             v = critic(*(x[m] for x in seen_by_critic), T, head="critic")[:, :-1]
                             v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
                             critic.backward(v_loss * share * scale)
                             critic.step()
-                        stat |= dict(loss=loss.detach(), value_loss=v_loss.detach(), n=mask[m].sum())
-                        stats.append(stat)
+                        losses = dict(loss=loss.detach(), value_loss=v_loss.detach())
+                        stats.append(dict(stat, **losses, n=mask[m].sum()))
                     updates += 1
-                kl_step = common.token_mean(stats[done:], "kl_step")
-                if common.mean_over_ranks(dict(kl=kl_step))["kl"] > 1.5 * args.kl_stop:
+                # Early stop: this epoch moved the policy too far from the one that sampled
+                if common.token_mean(stats[first_of_epoch:], "kl_step") > 1.5 * args.kl_stop:
                     break
 
-        # 6. log, save, adapt the KL coefficient
+        # 6. Log, save, adapt the KL coefficient
         row = {key: common.token_mean(stats, key) for key in ("loss", "value_loss", "clip_frac", "kl_step")}
         if gold:
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
         q_mean, q_std = common.masked_moments(values, mask)
-        adv_std = common.masked_moments(adv, mask)[1]
-        row |= dict(seconds, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
-                    adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
-                    entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
-                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
-        row = metrics.log(step, **row)
+        _, adv_std = common.masked_moments(adv, mask)
+        minus_entropy, _ = common.masked_moments(old_logp, mask)
+        row = run.log(
+            **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
+            adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
+            entropy=-minus_entropy, ended=ended.float().mean(), length=mask.sum(1).float().mean(),
+            tokens=common.all_sum(mask.sum()))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
-        if (step + 1) % args.save_every == 0:
-            common.save_model(model, tok, os.path.join(args.out, "model"))
-        checkpoints.save(step, kl_coef=kl_coef, kl=kl_before, buffer=buffer)
+        run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
+        if run.saves_model():
+            run.save_model(model, tok)
 
-    common.save_model(model, tok, os.path.join(args.out, "model"))
-    common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device)
+    run.save_model(model, tok)
+    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Deviations from the paper
     deepspeed --num_gpus 8 sft.py --model llama3-3b             eight
 """
 import math
-import os
 
 import numpy as np
 import torch
@@ -27,23 +26,24 @@ import common
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "gvm", "sft")
-    p.add_argument("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
-    p.add_argument("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows to measure on")
-    p.add_argument("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")
-    p.add_argument("--init-from", default=d.id, help="transformers folder or hub id to start from")
-    p.add_argument("--out", default=f"{d.out}/sft", help="folder to write")
-    p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 16)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
-    p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
-    p.add_argument("--warmup-steps", type=int, default=d.warmup_steps, help="of linear warm-up (paper 2)")
-    p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens; prompts get half at most")
-    p.add_argument("--pack", type=int, default=0, help="rows of the same policy put before each one")
-    p.add_argument("--tau-length", type=int, default=d.tau_length, help="--pack: of each answer in front")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
-    p.add_argument("--reward", default=d.reward,
-                   help="FILE.py:function(prompt, response) -> float, scores samples at the end")
+    flag = p.add_argument
+    flag("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
+    flag("--heldout", default=f"{d.data}/sft_heldout.jsonl", help="rows to measure on")
+    flag("--prompts", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")
+    flag("--init-from", default=d.id, help="transformers folder or hub id to start from")
+    flag("--out", default=f"{d.out}/sft", help="folder to write")
+    flag("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-5)")
+    flag("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 16)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
+    flag("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
+    flag("--warmup-steps", type=int, default=d.warmup_steps, help="of linear warm-up (paper 2)")
+    flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
+    flag("--max-length", type=int, default=d.max_length, help="tokens; prompts get half at most")
+    flag("--pack", type=int, default=0, help="rows of the same policy put before each one")
+    flag("--tau-length", type=int, default=d.tau_length, help="--pack: of each answer in front")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
+    flag("--reward", default=d.reward,
+         help="FILE.py:function(prompt, response) -> float, scores samples at the end")
     return common.parse(p, argv)
 
 
@@ -60,39 +60,45 @@ def cosine(step, steps, warmup):
 
 
 @torch.no_grad()
-def heldout_loss(policy, tok, rows, args, device):
+def heldout_loss(run, policy, tok, rows):
     """Mean cross-entropy per response token over the held-out rows, every rank a share."""
-    total, count = torch.zeros((), device=device), torch.zeros((), device=device)
-    step = args.batch_size * common.world()
-    for i in range(0, len(rows), step):
-        index = range(i + common.rank(), i + step, common.world())           # as many on every rank
+    args = run.args
+    total = torch.zeros((), device=run.device)
+    count = torch.zeros((), device=run.device)
+    stride = args.batch_size * run.world
+    for start in range(0, len(rows), stride):
+        index = range(start + run.rank, start + stride, run.world)      # every rank has as many rows
         alone = [common.pack(tok, rows[j % len(rows)], [], args.max_length, 0) for j in index]
-        ids, attn, mask = common.packed_frame(alone, device)
-        mask = mask & torch.tensor([j < len(rows) for j in index], device=device)[:, None]   # no row twice
+        ids, attn, mask = common.packed_frame(alone, run.device)
+        is_new = torch.tensor([j < len(rows) for j in index], device=run.device)
+        mask = mask & is_new[:, None]                                   # no row counts twice
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
     return (common.all_sum(total) / common.all_sum(count).clamp(min=1)).item()
 
 
 @torch.no_grad()
-def sample_gold(actor, tok, rows, reward, args, device, n=256):
-    """Mean reward of about n sampled answers to the held-out prompts, this rank's share."""
+def sample_gold(run, actor, tok, rows, reward, n=256):
+    """Mean reward of about n sampled answers to the held-out prompts, over all ranks."""
     from transformers import GenerationConfig
 
+    args = run.args
     plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.eos_token_id,
                              eos_token_id=actor.end_ids(tok).tolist(), max_new_tokens=args.max_new_tokens)
-    own, actor.lm.generation_config = actor.lm.generation_config, plain     # it would fill gaps in `plain`
-    scores, step = [], args.batch_size * common.world()
-    for i in range(0, n, step):
-        index = range(i + common.rank(), i + step, common.world())
+    own = actor.lm.generation_config                    # it would fill gaps in `plain`
+    actor.lm.generation_config = plain
+    scores = []
+    stride = args.batch_size * run.world
+    for start in range(0, n, stride):
+        index = range(start + run.rank, start + stride, run.world)
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
         prompt_ids = [common.encode_prompt(tok, p, args.max_length // 2) for p in prompts]
-        ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), device)
+        ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), run.device)
         sampled = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
         texts = tok.batch_decode(sampled, skip_special_tokens=True)
         scores += [reward(p, text) for p, text in zip(prompts, texts, strict=True)]
     actor.lm.generation_config = own
-    return sum(scores) / len(scores)
+    return common.mean_over_ranks(dict(gold=sum(scores) / len(scores)))["gold"]
 
 
 def main(argv=None):
@@ -103,61 +109,52 @@ def main(argv=None):
     reward = common.load_function(args.reward)
     prompts = common.read_rows(args.prompts, ["prompt"], tok=tok) if reward else None
     common.check_lengths(train, lambda row: common.encode_whole(tok, row), args.max_length)
-    device = common.start(args)
+    run = common.Run(args, "sft", show=("loss", "lr"))
     model = common.load_model(args.init_from, args)
-    common.check_context(model, args.max_length, "--max-length")
-    micro_rows = args.batch_size // args.grad_accum
-    common.memory_plan({"policy": model}, args, micro_rows, args.max_length, args.max_length)
-    actor = common.actor(model, args) if reward else model
-    policy = common.engine(model, args, args.lr, micro_rows, args.grad_accum)
-    batch = args.batch_size * common.world()                 # rows per update, all ranks together
-    steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, policy=policy)
-    first, _ = checkpoints.load()
-    metrics = common.Metrics(args.out, steps, "sft", ("loss", "lr"), policy, first)
+    rows_per_pass = args.batch_size // args.grad_accum
+    run.plan_memory({"policy": model}, rows_per_pass, args.max_length, args.max_length)
+    policy = run.engine("policy", model, args.lr, rows_per_pass, args.grad_accum, decodes=bool(reward))
+    steps = args.max_steps or math.ceil(args.epochs * len(train) / (args.batch_size * run.world))
+    run.resume()
 
     policy.train()
-    for step in range(first, steps):
-        # 1. batch: rows, each after --pack others of its policy
+    for step in run.steps(steps):
+        # 1. Batch: rows, each after --pack others of its policy; similar lengths side by side, less padding
         sequences = []
-        for i in common.batch_indices(len(train), batch, step, args.seed):
+        for i in run.batch(len(train), args.batch_size, step):
             rng = np.random.default_rng([args.seed, step, i])
             before = train.draw(train[i].get("policy"), train[i]["prompt"], args.pack, rng)
             sequences.append(common.pack(tok, train[i], before, args.max_length, args.tau_length))
-        ids, attn, mask = common.packed_frame(sequences, device)
+        ids, attn, mask = common.packed_frame(sequences, run.device)
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
-        ids, attn, mask = ids[order], attn[order], mask[order]
+        ids, attn, mask = (x[order] for x in (ids, attn, mask))
         if args.dry_run:
             return common.show_batch(tok, ids, attn, mask, steps)
         n_tokens = common.all_sum(mask.sum())
 
-        # 2. update
+        # 2. Update
         lr = args.lr * cosine(step, steps, args.warmup_steps)
-        common.set_lr(policy, lr)
-        loss = torch.zeros((), device=device)
-        for m in torch.arange(args.batch_size).split(micro_rows):
+        run.set_lr(policy, lr)
+        loss = torch.zeros((), device=run.device)
+        for m in torch.arange(args.batch_size).split(rows_per_pass):
             loss_m = sft_loss(policy(ids[m], attn[m], mask.shape[1]), mask[m], n_tokens)
-            policy.backward(loss_m * args.grad_accum * common.world())       # DeepSpeed divides by both
+            policy.backward(loss_m * args.grad_accum * run.world)       # DeepSpeed divides by both
             policy.step()
             loss += loss_m.detach()
 
-        # 3. log, save
-        metrics.log(step, loss=loss * common.world(), lr=lr, tokens=n_tokens)
-        checkpoints.save(step)
+        # 3. Log
+        run.log(loss=loss * run.world, lr=lr, tokens=n_tokens)
 
-    # 4. save, held-out loss
+    # 4. Save, held-out loss
     policy.eval()
-    common.save_model(model, tok, os.path.join(args.out, "model"))
-    summary = dict(steps=steps, heldout_loss=heldout_loss(policy, tok, heldout, args, device))
+    run.save_model(model, tok)
+    summary = dict(steps=steps, heldout_loss=heldout_loss(run, policy, tok, heldout))
+    gold = ""
     if reward:
-        common.refresh(actor, model)
-        gold = sample_gold(actor, tok, prompts, reward, args, device)
-        summary |= common.mean_over_ranks(dict(gold=gold))
-    common.write_json(os.path.join(args.out, "summary.json"), summary)
-    if common.rank() == 0:
-        gold = f", gold reward of samples {summary['gold']:.3f}" if reward else ""
-        print(f"held-out loss {summary['heldout_loss']:.4f} nats per token{gold}; wrote {args.out}/model")
+        summary["gold"] = sample_gold(run, run.actor(model), tok, prompts, reward)
+        gold = f", gold reward of samples {summary['gold']:.3f}"
+    run.write("summary.json", summary)
+    run.say(f"held-out loss {summary['heldout_loss']:.4f} nats per token{gold}; wrote {args.out}/model")
 
 
 if __name__ == "__main__":

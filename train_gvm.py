@@ -50,35 +50,36 @@ import common
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "gvm")
-    p.add_argument("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs")
-    p.add_argument("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows to measure on")
-    p.add_argument("--init-from", default=d.start, help="SFT model: the trunk")
-    p.add_argument("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
-    p.add_argument("--out", default=f"{d.out}/gvm", help="folder to write")
-    p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
-    p.add_argument("--batch-size", type=int, default=d.batch_size,
-                   help="sequences per update and GPU (paper: 32 rows)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
-    p.add_argument("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
-    p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
-    p.add_argument("--missing-eos-penalty", type=float, default=1.0,
-                   help="off the reward of an answer that was cut, in standard deviations of the rewards")
-    p.add_argument("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
-    p.add_argument("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
-    p.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
-                   help="normalise Q in the loss, eq. (2) (paper: yes)")
-    p.add_argument("--plain-head", action="store_true", help="the head reads h_t alone (paper: yes)")
-    p.add_argument("--tau-pairs", type=int, help=f"most pairs in tau (default: {d.tau_pairs} or --gvm's)")
-    p.add_argument("--tau-length", type=int, default=d.tau_length, help="of each answer in tau (paper: all)")
-    p.add_argument("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
-    p.add_argument("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
-    p.add_argument("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
-    p.add_argument("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> value")
-    p.add_argument("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
-    p.add_argument("--min-gap", type=float, default=0.0, help="table 4: least gap of rewards")
-    p.add_argument("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
-    p.add_argument("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
+    flag = p.add_argument
+    flag("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs")
+    flag("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows to measure on")
+    flag("--init-from", default=d.start, help="SFT model: the trunk")
+    flag("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
+    flag("--out", default=f"{d.out}/gvm", help="folder to write")
+    flag("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
+    flag("--batch-size", type=int, default=d.batch_size,
+         help="sequences per update and GPU (paper: 32 rows)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
+    flag("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
+    flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
+    flag("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
+    flag("--missing-eos-penalty", type=float, default=1.0,
+         help="off the reward of an answer that was cut, in standard deviations of the rewards")
+    flag("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
+    flag("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
+    flag("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
+         help="normalise Q in the loss, eq. (2) (paper: yes)")
+    flag("--plain-head", action="store_true", help="the head reads h_t alone (paper: yes)")
+    flag("--tau-pairs", type=int, help=f"most pairs in tau (default: {d.tau_pairs} or --gvm's)")
+    flag("--tau-length", type=int, default=d.tau_length, help="of each answer in tau (paper: all)")
+    flag("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
+    flag("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
+    flag("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
+    flag("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> value")
+    flag("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
+    flag("--min-gap", type=float, default=0.0, help="table 4: least gap of rewards")
+    flag("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
+    flag("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
     args = common.parse(p, argv)
     if args.tau_pairs is None and not (args.eval_only or args.show):
         args.tau_pairs = d.tau_pairs
@@ -214,39 +215,49 @@ def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1]) if min(np.std(x), np.std(y)) > 1e-6 else math.nan
 
 
-def evaluate(gvm, tok, data, args, device):
+def evaluate(run, gvm, tok, data):
     """What the paper reports of a GVM, and on the toy its distance from the truth -> OUT/eval.json."""
+    args = run.args
     taus = []
     for i, row in enumerate(data):
         rng = np.random.default_rng([args.seed, i])
         taus.append(data.tau(row["policy"], row["prompt"], args.tau_pairs, rng))
-    values = token_values(gvm, tok, data, taus, args, device)
+    values = token_values(gvm, tok, data, taus, args, run.device)
     accuracy, n_pairs = table4(data, values, args.min_gap)
+
+    # Does V(s_0 | tau) follow the policies' mean rewards?
     policies = {}
     for policy in sorted(p for p in data.by_policy if p is not None):
         index = data.by_policy[policy]
         policies[policy] = dict(mean_reward=float(np.mean([data[i]["reward"] for i in index])),
                                 v0=float(np.mean([values[i][1][0] for i in index])))
-    rewards, v0s = ([about[key] for about in policies.values()] for key in ("mean_reward", "v0"))
+    rewards = [about["mean_reward"] for about in policies.values()]
+    v0s = [about["v0"] for about in policies.values()]
     v0_correlation = correlation(rewards, v0s) if len(policies) > 1 else math.nan
     ranked = v0_correlation > 0 and (np.argsort(rewards) == np.argsort(v0s)).all()
-    out = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_correlation=v0_correlation,
-               v0_ranks_all_policies=bool(ranked))
+    found = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_correlation=v0_correlation,
+                 v0_ranks_all_policies=bool(ranked))
     if args.true_q:
-        true_q, q, truth = common.load_function(args.true_q, unknown=KeyError), [], []
-        for row, (ids, value) in zip(data, values, strict=True):
-            prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
-            try:
-                truth += [true_q(row["prompt"], prefix, row["policy"]) for prefix in prefixes]
-                q += list(value)
-            except KeyError:                                    # a policy whose true value is not known
-                pass
-        rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
-        out["true_q"] = dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
-    common.write_json(os.path.join(args.out, "eval.json"), out)
-    if common.rank() == 0:
-        report(out)
-    return out
+        found["true_q"] = against_truth(tok, data, values, args.true_q)
+    run.write("eval.json", found)
+    if run.rank == 0:
+        report(found)
+    return found
+
+
+def against_truth(tok, data, values, spec):
+    """Token values beside the true ones, of the policies whose true value is known."""
+    true_q = common.load_function(spec, unknown=KeyError)
+    q, truth = [], []
+    for row, (ids, value) in zip(data, values, strict=True):
+        prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
+        try:
+            truth += [true_q(row["prompt"], prefix, row["policy"]) for prefix in prefixes]
+            q += list(value)
+        except KeyError:                                        # a policy whose true value is not known
+            pass
+    rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
+    return dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
 
 
 def report(result):
@@ -268,31 +279,36 @@ def colour(text, x):
     return f"\033[48;2;{r};{g};{b}m\033[30m{text}\033[0m"
 
 
-def show(gvm, tok, prompt, response, tau, args, device):
+def show(run, gvm, tok, prompt, response, tau):
     """Figure 4: print the tokens coloured by value, and the truth where it is known -> dict to plot."""
-    (ids, value), = token_values(gvm, tok, [dict(prompt=prompt, response=response)], [tau], args, device)
+    args = run.args
+    row = dict(prompt=prompt, response=response)
+    (ids, value), = token_values(gvm, tok, [row], [tau], args, run.device)
     tokens = ["V(s_0)"] + [tok.decode([i]) for i in ids]
-    out = dict(prompt=prompt, response=response, policy=args.policy, tokens=tokens, q=value.tolist())
+    found = dict(row, policy=args.policy, tokens=tokens, q=value.tolist())
     if args.true_q and args.policy:
         true_q = common.load_function(args.true_q, unknown=KeyError)
-        out["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
-    scale = max(1e-6, np.abs(out["q"] + out.get("true_q", [])).max())
+        found["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
+    scale = max(1e-6, np.abs(found["q"] + found.get("true_q", [])).max())
     for key in ("q", "true_q"):
-        if key in out and common.rank() == 0:
-            cells = [colour(f" {t} {v:+.2f} ", v / scale) for t, v in zip(tokens, out[key], strict=True)]
-            print(f"{key:>7}  " + " ".join(cells))
-    common.write_json(os.path.join(args.out, "show.json"), out)
-    return out
+        if key in found:
+            cells = [colour(f" {t} {v:+.2f} ", v / scale) for t, v in zip(tokens, found[key], strict=True)]
+            run.say(f"{key:>7}  " + " ".join(cells))
+    run.write("show.json", found)
+    return found
 
 
 def main(argv=None):
     args = parse_args(argv)
     tok = common.load_tokenizer(args.init_from)
     data = Labelled([args.heldout] if args.show else args.data, tok)
-    device = common.start(args)
+    run = common.Run(args, "gvm", show=("loss", "q_mean", "q_std"))
+    device = run.device
     gvm = common.load_model(args.init_from, args, trainable=False)
     if args.show or args.eval_only:
-        return use_trained(args, gvm, tok, data, device)
+        return use_trained(run, gvm, tok, data)
+
+    # An answer that never ends costs a share of what rewards differ by, so that Q sees it coming.
     heldout = Labelled([args.heldout], tok)
     penalty = args.missing_eos_penalty * float(np.std([row["reward"] for row in data]))
     data.penalise(penalty)
@@ -300,31 +316,28 @@ def main(argv=None):
     rewards = [row["reward"] for row in data]
     if np.std(rewards) == 0:
         common.die("--data: all rewards are equal, so that there is nothing to learn from them")
+    cut = np.mean([not row.get("ended", True) for row in data])
+    run.say(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}; "
+            f"{cut:.0%} of the answers never end")
+    common.check_lengths(data, lambda row: common.encode_whole(tok, row), args.max_length)
     if set(data.by_policy) == {None}:                           # no names, no tau: dvpo.py must not use one
         args.tau_pairs = 0
-    common.check_context(gvm, args.max_length, "--max-length")
+
+    # The value model is an adapter and a head on the frozen SFT model.
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm", sees_token=not args.plain_head)
-    common.memory_plan({"trunk, GVM": gvm}, args, args.batch_size // args.grad_accum, args.max_length)
-    if common.rank() == 0:
-        cut = np.mean([not row.get("ended", True) for row in data])
-        print(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}; "
-              f"{cut:.0%} of the answers never end")
-    common.check_lengths(data, lambda row: common.encode_whole(tok, row), args.max_length)
-    engine = common.engine(gvm, args, args.lr, args.batch_size // args.grad_accum, args.grad_accum)
-    batch = args.batch_size * common.world()                    # rows per update, all ranks together
-    steps = args.max_steps or math.ceil(args.epochs * len(data) / batch)
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, gvm=engine)
-    first, state = checkpoints.load()
-    metrics = common.Metrics(args.out, steps, "gvm", ("loss", "q_mean", "q_std"), engine, first)
-    running = state["running"].to(device) if state else None
+    rows_per_pass = args.batch_size // args.grad_accum
+    run.plan_memory({"trunk, GVM": gvm}, rows_per_pass, args.max_length)
+    engine = run.engine("gvm", gvm, args.lr, rows_per_pass, args.grad_accum)
+    steps = args.max_steps or math.ceil(args.epochs * len(data) / (args.batch_size * run.world))
+    state = run.resume()
+    running = state["running"].to(device) if state else None   # moments of Q in the last updates
 
     engine.train()
-    for step in range(first, steps):
-        # 1. batch: rows, each after --tau-pairs others of its policy
+    for step in run.steps(steps):
+        # 1. Batch: rows, each after --tau-pairs others of its policy
         sequences = []
-        for i in common.batch_indices(len(data), batch, step, args.seed):
+        for i in run.batch(len(data), args.batch_size, step):
             rng = np.random.default_rng([args.seed, step, i])
             tau = data.tau(data[i]["policy"], data[i]["prompt"], args.tau_pairs, rng)
             sequences.append(common.pack(tok, data[i], tau, args.max_length, args.tau_length))
@@ -335,48 +348,52 @@ def main(argv=None):
             return common.show_batch(tok, ids, attn, mask, steps)
         n_states = common.all_sum(states.sum())
 
-        # 2. update
-        common.set_lr(engine, args.lr * (1 - step / steps))
-        loss, q = torch.zeros((), device=device), []
+        # 2. Update: squared TD errors of all states, eq. (1)
+        run.set_lr(engine, args.lr * (1 - step / steps))
+        loss = torch.zeros((), device=device)
+        q = []
         for m in torch.arange(args.batch_size).chunk(args.grad_accum):
             q_m = engine(ids[m], attn[m], mask.shape[1], adapter="gvm", head="gvm")
             loss_m = gvm_loss(q_m, score[m], states[m], args) / n_states
-            engine.backward(loss_m * args.grad_accum * common.world())     # DeepSpeed divides by both
+            engine.backward(loss_m * args.grad_accum * run.world)          # DeepSpeed divides by both
             engine.step()
             loss += loss_m.detach()
             q.append(q_m.detach())
 
-        # 3. moments of Q over response tokens, a mean of about the last five updates; log, save
+        # 3. Moments of Q over response tokens, a mean of about the last five updates; log
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else running.lerp(moments, 0.2)
-        n_tokens, (q_mean, q_std) = common.all_sum(mask.sum()), moments
-        metrics.log(step, loss=loss * common.world(), q_mean=q_mean, q_std=q_std, tokens=n_tokens)
-        checkpoints.save(step, running=running)
+        q_mean, q_std = moments
+        run.log(loss=loss * run.world, q_mean=q_mean, q_std=q_std, tokens=common.all_sum(mask.sum()))
+        run.keep(running=running)
 
-    # 4. save, measure
+    # 4. Save, measure
     engine.eval()
-    meta = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
-    meta["missing_eos_penalty"] = penalty                       # in units of reward
-    meta |= dict(zip(("q_mean", "q_std"), running.tolist(), strict=True))
-    meta |= dict(reward_mean=float(np.mean(rewards)), reward_std=float(np.std(rewards)))
-    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **meta)
-    evaluate(engine, tok, heldout, args, device)
+    q_mean, q_std = running.tolist()
+    about = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
+    about |= dict(missing_eos_penalty=penalty, q_mean=q_mean, q_std=q_std,         # in units of reward
+                  reward_mean=float(np.mean(rewards)), reward_std=float(np.std(rewards)))
+    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **about)
+    evaluate(run, engine, tok, heldout)
 
 
-def use_trained(args, gvm, tok, data, device):
+def use_trained(run, gvm, tok, data):
     """--show or --eval-only: figure 4 or table 4 of --gvm."""
-    meta = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
-    data.penalise(meta.get("missing_eos_penalty", 0.0))
-    args.tau_pairs = meta["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
-    args.tau_length, args.max_length = meta["tau_length"], meta["max_length"]
+    args = run.args
+    about = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
+    data.penalise(about.get("missing_eos_penalty", 0.0))
+    args.tau_pairs = about["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
+    args.tau_length = about["tau_length"]
+    args.max_length = about["max_length"]
     common.check_context(gvm, args.max_length, "--max-length")
     gvm.eval()
-    if args.show:
-        if args.policy and args.policy not in data.by_policy:
-            common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
-        tau = data.tau(args.policy, args.show[0], args.tau_pairs, np.random.default_rng(args.seed))
-        return show(gvm, tok, *args.show, tau, args, device)
-    return evaluate(gvm, tok, data, args, device)
+    if not args.show:
+        return evaluate(run, gvm, tok, data)
+    if args.policy and args.policy not in data.by_policy:
+        common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
+    prompt, response = args.show
+    tau = data.tau(args.policy, prompt, args.tau_pairs, np.random.default_rng(args.seed))
+    return show(run, gvm, tok, prompt, response, tau)
 
 
 if __name__ == "__main__":

@@ -33,24 +33,25 @@ from dvpo import rollout
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rm", "rl", "dpo")
-    p.add_argument("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
-    p.add_argument("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
-    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")
-    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
-    p.add_argument("--gold", default=d.reward, help="FILE.py:function(prompt, response) -> float, of samples")
-    p.add_argument("--out", default=f"{d.out}/dpo", help="folder to write")
-    p.add_argument("--beta", type=float, default=0.1, help="of the KL to the reference (paper 0.1)")
-    p.add_argument("--epochs", type=float, default=1, help="passes over the pairs")
-    p.add_argument("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="pairs per update and GPU (paper 64)")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
-    p.add_argument("--lr", type=float, default=d.lr, help="peak learning rate (paper 1e-6)")
-    p.add_argument("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="of samples: its end")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a sample")
-    p.add_argument("--temperature", type=float, default=d.temperature, help="of samples")
-    p.add_argument("--static-cache", action="store_true", help="sample with CUDA graphs, for speed")
-    p.add_argument("--lora", action="store_true", help="train the policy as an adapter (rank 8, alpha 32)")
+    flag = p.add_argument
+    flag("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
+    flag("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} for samples")
+    flag("--init-from", default=d.start, help="SFT model: first policy, reference")
+    flag("--gold", default=d.reward, help="FILE.py:function(prompt, response) -> float, of samples")
+    flag("--out", default=f"{d.out}/dpo", help="folder to write")
+    flag("--beta", type=float, default=0.1, help="of the KL to the reference (paper 0.1)")
+    flag("--epochs", type=float, default=1, help="passes over the pairs")
+    flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
+    flag("--batch-size", type=int, default=d.batch_size, help="pairs per update and GPU (paper 64)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
+    flag("--lr", type=float, default=d.lr, help="peak learning rate (paper 1e-6)")
+    flag("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="of samples: its end")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a sample")
+    flag("--temperature", type=float, default=d.temperature, help="of samples")
+    flag("--static-cache", action="store_true", help="sample with CUDA graphs, for speed")
+    flag("--lora", action="store_true", help="train the policy as an adapter (rank 8, alpha 32)")
     return common.parse(p, argv)
 
 
@@ -91,75 +92,66 @@ def main(argv=None):
     heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     train = common.read_pairs(args.pairs, tok, args.max_length)
     heldout_pairs = common.read_pairs([args.pairs_heldout], tok, args.max_length)
-    device = common.start(args)
+    run = common.Run(args, "dpo", show=("loss", "accuracy", "margin"))
+    device = run.device
 
     # Model: the policy. With --lora it is an adapter on the frozen SFT model.
-    model, adapter = common.load_model(args.init_from, args, trainable=not args.lora), None
-    common.check_context(model, args.max_length, "--max-length")
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
+    model = common.load_model(args.init_from, args, trainable=not args.lora)
+    adapter = None
     if args.lora:
         model.add_adapter("policy", r=8, alpha=32)
         adapter = "policy"
-    rows = args.batch_size // args.grad_accum                     # pairs per forward pass
-    kv_cache = args.batch_size, length                            # of the samples at the end
-    common.memory_plan({"policy": model}, args, 2 * rows, args.max_length, args.max_length, kv_cache)
-    actor = common.actor(model, args)
-    policy = common.engine(model, args, args.lr, rows, args.grad_accum)
-    batch = args.batch_size * common.world()                      # pairs per update, all ranks together
-    steps = args.max_steps or math.ceil(args.epochs * len(train) / batch)
-
-    common.seed(args)
+    pairs_per_pass = args.batch_size // args.grad_accum
+    kv_cache = (args.batch_size, args.max_prompt_length + args.max_new_tokens)      # of samples at the end
+    run.plan_memory({"policy": model}, 2 * pairs_per_pass, args.max_length, args.max_length, kv_cache)
+    policy = run.engine("policy", model, args.lr, pairs_per_pass, args.grad_accum, decodes=True)
+    steps = args.max_steps or math.ceil(args.epochs * len(train) / (args.batch_size * run.world))
     if args.dry_run:
-        return common.show_batch(tok, *frame(tok, train[:rows], args, device), steps)
+        return common.show_batch(tok, *frame(tok, train[:pairs_per_pass], args, device), steps)
 
     # The reference's log-probs: those of the policy before it is trained (an adapter is zero at first)
     policy.eval()
     ref_logp = score_pairs(policy, tok, train, args, device, adapter)
     ref_heldout = score_pairs(policy, tok, heldout_pairs, args, device, adapter)
-    checkpoints = common.Checkpoints(args, args.out, policy=policy)
-    first, _ = checkpoints.load()
-    metrics = common.Metrics(args.out, steps, "dpo", ("loss", "accuracy", "margin"), policy, first)
 
+    run.resume()
     policy.train()
-    for step in range(first, steps):
-        # 1. batch
-        index = torch.tensor(common.batch_indices(len(train), batch, step, args.seed))
+    for step in run.steps(steps):
+        # 1. Batch
+        index = torch.tensor(run.batch(len(train), args.batch_size, step))
 
-        # 2. update
-        common.set_lr(policy, args.lr * (1 - step / steps))
-        stats, n_tokens = [], 0
-        for m in index.split(rows):
+        # 2. Update
+        run.set_lr(policy, args.lr * (1 - step / steps))
+        stats = []
+        n_tokens = 0
+        for m in index.split(pairs_per_pass):
             ids, attn, mask = frame(tok, [train[i] for i in m], args, device)
             logp = response_logp(policy, ids, attn, mask, adapter)
             loss, margin = dpo_loss(logp, ref_logp[m].T.flatten(), args.beta)
-            policy.backward(loss)                                 # DeepSpeed averages over passes and ranks
+            policy.backward(loss)                                       # DeepSpeed averages
             policy.step()
             chosen, rejected = logp.detach().chunk(2)
             accuracy = (margin > 0).float().mean()
             stats.append([loss.detach(), accuracy, margin.mean(), chosen.mean(), rejected.mean()])
             n_tokens += mask.sum()
 
-        # 3. log, save
-        names = "loss", "accuracy", "margin", "logp_chosen", "logp_rejected"
+        # 3. Log
+        names = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")
         means = dict(zip(names, torch.tensor(stats).mean(0), strict=True))
-        metrics.log(step, **means, tokens=common.all_sum(n_tokens))
-        checkpoints.save(step)
+        run.log(**means, tokens=common.all_sum(n_tokens))
 
-    # 4. save; accuracy on held-out pairs; reward and KL of fresh answers, which need the reference again
+    # 4. Save; accuracy on held-out pairs; reward and KL of fresh answers, which need the reference again
     policy.eval()
-    common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
+    run.save_model(model, tok, adapter)
     logp = score_pairs(policy, tok, heldout_pairs, args, device, adapter)
     _, margin = dpo_loss(logp.T.flatten(), ref_heldout.T.flatten(), args.beta)
     found = dict(accuracy=(margin > 0).float().mean().item(), margin=margin.mean().item())
-    common.write_json(os.path.join(args.out, "eval.json"), found)
-    if common.rank() == 0:
-        print(f"implicit reward: held-out pair accuracy {found['accuracy']:.3f}; wrote {args.out}/model")
+    run.write("eval.json", found)
+    run.say(f"implicit reward: held-out pair accuracy {found['accuracy']:.3f}; wrote {args.out}/model")
     reference = policy
     if not args.lora:
-        reference = common.frozen(common.load_model(args.init_from, args, trainable=False), args)
-    common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, reference, tok, heldout, gold, args, device, adapter)
+        reference = run.frozen(common.load_model(args.init_from, args, trainable=False))
+    common.evaluate(run, rollout, model, policy, reference, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

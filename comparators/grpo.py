@@ -38,33 +38,34 @@ from dvpo import rollout
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl", "grpo")
-    p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
-    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
-    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
-    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
-    p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
-    p.add_argument("--out", default=f"{d.out}/grpo", help="folder to write")
-    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU")
-    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
-    p.add_argument("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update")
-    p.add_argument("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 1)")
-    p.add_argument("--group-size", type=int, default=8, help="responses per prompt (paper 64)")
-    p.add_argument("--baseline", choices=("mean", "loo"), default="mean", help="of all, or of others")
-    p.add_argument("--scale", choices=("std", "none"), default="std", help="what divides the advantage")
-    p.add_argument("--loss-mean", choices=("response", "token"), default="response", help="equal weights")
-    p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
-    p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
-    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
-    p.add_argument("--clip", type=float, default=0.2, help="eps of the ratio")
-    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")
-    p.add_argument("--kl-target", type=float, default=0.0, help="as in dvpo.py; 0: constant (paper)")
-    p.add_argument("--lora", action="store_true",
-                   help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
+    flag = p.add_argument
+    flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    flag("--init-from", default=d.start, help="SFT model: first policy, reference")
+    flag("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
+    flag("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
+    flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
+    flag("--out", default=f"{d.out}/grpo", help="folder to write")
+    flag("--max-steps", type=int, default=d.max_steps, help="rollout steps")
+    flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU")
+    flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update")
+    flag("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 1)")
+    flag("--group-size", type=int, default=8, help="responses per prompt (paper 64)")
+    flag("--baseline", choices=("mean", "loo"), default="mean", help="of all, or of others")
+    flag("--scale", choices=("std", "none"), default="std", help="what divides the advantage")
+    flag("--loss-mean", choices=("response", "token"), default="response", help="equal weights")
+    flag("--lr", type=float, default=d.lr, help="learning rate of the policy")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
+    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
+    flag("--clip", type=float, default=0.2, help="eps of the ratio")
+    flag("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")
+    flag("--kl-target", type=float, default=0.0, help="as in dvpo.py; 0: constant (paper)")
+    flag("--lora", action="store_true",
+         help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     args = common.parse(p, argv)
     if args.group_size < 2 or args.batch_size % args.group_size:
         common.die(f"--batch-size {args.batch_size}: must be a multiple of --group-size, which is 2 or more")
@@ -99,108 +100,107 @@ def group_advantage(score, size, baseline, scale):
 
 def main(argv=None):
     args = parse_args(argv)
-    reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
+    reward = common.load_function(args.reward)
+    gold = common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
     data = common.read_prompts(tok, args.data, args.max_prompt_length)
     heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
-    device = common.start(args)
+    run = common.Run(args, "grpo", show=("gold", "kl", "score"))
+    device = run.device
 
-    # Models: the policy, and one frozen trunk for reference and reward model. With --lora it is its adapter.
+    # One frozen trunk is the reference and the reward model. The policy is a second model, or an adapter.
     trunk = common.load_model(args.init_from, args, trainable=False)
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     if reward is None:
-        meta = common.load_adapter(trunk, tok, args.rm, "python ppo_baseline.py --rm-only")
-    model, adapter = trunk, "policy"
+        rm = common.load_adapter(trunk, tok, args.rm, "python ppo_baseline.py --rm-only")
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
+        model = trunk
+        adapter = "policy"
+        models = {"policy": trunk}
     else:
-        model, adapter = common.load_model(args.init_from, args), None
-    models, kv_cache = {"policy": model}, (args.batch_size, length)
-    models |= {} if args.lora else {"frozen": trunk}
-    common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
-    actor = common.actor(model, args)
-    policy = common.engine(model, args, args.lr, args.mini_batch_size, args.grad_accum)
-    trunk = policy if args.lora else common.frozen(trunk, args)
+        model = common.load_model(args.init_from, args)
+        adapter = None
+        models = {"policy": model, "frozen": trunk}
+    length = args.max_prompt_length + args.max_new_tokens
+    run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, (args.batch_size, length))
+    policy = run.engine("policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
+    trunk = policy if args.lora else run.frozen(trunk)
 
-    batch = args.batch_size // args.group_size * common.world()   # prompts per step, all ranks together
-    opt_rows = args.mini_batch_size * args.grad_accum             # rows per optimizer step and rank
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, policy=policy)
-    first, state = checkpoints.load()
-    metrics = common.Metrics(args.out, args.max_steps, "grpo", ("gold", "kl", "score"), policy, first)
-
-    kl_coef, kl_before = state.get("kl_coef", args.kl_coef), state.get("kl", 0.0)
-
-    for step in range(first, args.max_steps):
-        seconds = {}
-        index = common.batch_indices(len(data), batch, step, args.seed)
+    state = run.resume()
+    kl_coef = state.get("kl_coef", args.kl_coef)
+    kl_before = state.get("kl", 0.0)                                    # of the last step
+    for step in run.steps(args.max_steps):
+        index = run.batch(len(data), args.batch_size // args.group_size, step)
         index = [i for i in index for _ in range(args.group_size)]
         prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
-        # 1. rollout
-        with common.clock(seconds, "generate"):
+        # 1. Rollout: a group of sampled responses per prompt
+        with run.phase("generate"):
             policy.eval()
-            common.refresh(actor, model)
-            ids, attn, mask, ended = rollout(actor, prompts, tok, args, device, adapter)
-            T, responses = mask.shape[1], common.unpad(ids, mask)
+            ids, attn, mask, ended = rollout(run.actor(model), prompts, tok, args, device, adapter)
+        T = mask.shape[1]
+        texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
         if args.dry_run:
             return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
-        with common.clock(seconds, "score"), torch.no_grad():
-            # 2. log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
-            order = common.sort_by_length(torch.arange(args.batch_size), attn, opt_rows)
-            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
-            old_logp = common.forward_in_micro_batches(policy, *rows, adapter=adapter, **sampled)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)       # (B, T)
+        with run.phase("score"), torch.no_grad():
+            # 2. Log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
+            rows_per_update = args.mini_batch_size * args.grad_accum
+            order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
+            rows = (ids, attn, T, order, args.mini_batch_size)
+            old_logp = common.forward_in_micro_batches(
+                policy, *rows, adapter=adapter, temperature=args.temperature)           # (B, T)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=args.temperature)
 
-            # 3. reward of the whole response, and advantage over its group
-            texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
-            if reward:                                                                              # (B,)
+            # 3. Reward of the whole response, and advantage over its group
+            if reward:
                 score = [reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)]
-                score = torch.tensor(score, device=device)
+                score = torch.tensor(score, device=device)                              # (B,)
             else:
                 score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
-                score = (score.gather(1, mask.sum(1, keepdim=True)).squeeze(1) - meta["mean"]) / meta["std"]
+                score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)           # (B,)
+                score = (score - rm["mean"]) / rm["std"]
             score = score - args.missing_eos_penalty * ~ended
             adv, no_signal = group_advantage(score, args.group_size, args.baseline, args.scale)
-            weight = mask / (mask.sum(1, keepdim=True) if args.loss_mean == "response" else 1)      # (B, T)
-            kl = ((old_logp - ref_logp).clamp(-20, 20) * mask).sum(1).mean()          # nats per response
+            weight = mask / (mask.sum(1, keepdim=True) if args.loss_mean == "response" else 1)
+            kl = ((old_logp - ref_logp).clamp(-20, 20) * mask).sum(1).mean()            # nats per response
 
-        # 4. update
-        with common.clock(seconds, "train"):
+        # 4. Update
+        with run.phase("train"):
             policy.train()
-            common.set_lr(policy, args.lr * (1 - step / args.max_steps))
-            stats, scale = [], common.world() * args.grad_accum             # DeepSpeed divides by both
+            run.set_lr(policy, args.lr * (1 - step / args.max_steps))
+            scale = run.world * args.grad_accum                         # DeepSpeed divides by both
+            stats = []
             for epoch in range(args.ppo_epochs):
                 if epoch > 0:
-                    order = common.sort_by_length(torch.randperm(args.batch_size), attn, opt_rows)
-                for group in order.split(opt_rows):
+                    shuffled = torch.randperm(args.batch_size)
+                    order = common.sort_by_length(shuffled, attn, rows_per_update)
+                for group in order.split(rows_per_update):
                     total = common.all_sum(weight[group].sum())
-                    for m in group.split(args.mini_batch_size):             # rows of one mini-batch
+                    for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
-                        parts = old_logp[m], ref_logp[m], adv[m, None], weight[m] / total
+                        parts = (old_logp[m], ref_logp[m], adv[m, None], weight[m] / total)
                         loss, stat = grpo_loss(logp, *parts, args.clip, kl_coef)
                         policy.backward(loss * scale)
                         policy.step()
                         stats.append(dict(stat, loss=loss.detach(), n=mask[m].sum()))
 
-        # 5. log, save
+        # 5. Log, adapt the KL coefficient
         row = {key: common.token_mean(stats, key) for key in ("clip_frac", "kl_step")}
         if gold:
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
-        row |= dict(seconds, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl, kl_coef=kl_coef,
-                    score=score.mean(), no_signal=no_signal, ratio_first=stats[0]["ratio"],
-                    entropy=-common.masked_moments(old_logp, mask)[0], ended=ended.float().mean(),
-                    length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
-        row = metrics.log(step, **row)
+        minus_entropy, _ = common.masked_moments(old_logp, mask)
+        row = run.log(
+            **row, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl, kl_coef=kl_coef,
+            score=score.mean(), no_signal=no_signal, ratio_first=stats[0]["ratio"], entropy=-minus_entropy,
+            ended=ended.float().mean(), length=mask.sum(1).float().mean(),
+            tokens=common.all_sum(mask.sum()))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
-        checkpoints.save(step, kl_coef=kl_coef, kl=kl_before)
+        run.keep(kl_coef=kl_coef, kl=kl_before)
 
-    common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
-    common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device, adapter)
+    run.save_model(model, tok, adapter)
+    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

@@ -35,24 +35,25 @@ import common
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl", "remax")
-    p.add_argument("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    p.add_argument("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
-    p.add_argument("--init-from", default=d.start, help="SFT model: first policy, reference")
-    p.add_argument("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
-    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
-    p.add_argument("--gold", default=d.reward, help="the same, logged as gold and never trained on")
-    p.add_argument("--out", default=f"{d.out}/remax", help="folder to write")
-    p.add_argument("--max-steps", type=int, default=d.max_steps, help="rollout steps")
-    p.add_argument("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU")
-    p.add_argument("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
-    p.add_argument("--lr", type=float, default=d.lr, help="learning rate of the policy")
-    p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
-    p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
-    p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
-    p.add_argument("--kl-coef", type=float, default=d.kl_coef, help="KL coefficient")
-    p.add_argument("--lora", action="store_true",
-                   help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
+    flag = p.add_argument
+    flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    flag("--init-from", default=d.start, help="SFT model: first policy, reference")
+    flag("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
+    flag("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
+    flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
+    flag("--out", default=f"{d.out}/remax", help="folder to write")
+    flag("--max-steps", type=int, default=d.max_steps, help="rollout steps")
+    flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU")
+    flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
+    flag("--lr", type=float, default=d.lr, help="learning rate of the policy")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
+    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
+    flag("--kl-coef", type=float, default=d.kl_coef, help="KL coefficient")
+    flag("--lora", action="store_true",
+         help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     p.set_defaults(grad_accum=1)
     return common.parse(p, argv)
 
@@ -93,99 +94,94 @@ def remax_loss(logp, adv, mask, n_tokens):
 
 def main(argv=None):
     args = parse_args(argv)
-    reward, gold = common.load_function(args.reward), common.load_function(args.reward or args.gold)
+    reward = common.load_function(args.reward)
+    gold = common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
     data = common.read_prompts(tok, args.data, args.max_prompt_length)
     heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
-    device = common.start(args)
+    run = common.Run(args, "remax", show=("gold", "kl", "score"))
+    device = run.device
 
-    # Models: the policy, and one frozen trunk for reference and reward model. With --lora it is its adapter.
+    # One frozen trunk is the reference and the reward model. The policy is a second model, or an adapter.
     trunk = common.load_model(args.init_from, args, trainable=False)
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(trunk, length, "--max-prompt-length and --max-new-tokens")
     if reward is None:
-        meta = common.load_adapter(trunk, tok, args.rm, "python ppo_baseline.py --rm-only")
-    model, adapter = trunk, "policy"
+        rm = common.load_adapter(trunk, tok, args.rm, "python ppo_baseline.py --rm-only")
     if args.lora:
         trunk.add_adapter("policy", r=8, alpha=32)
+        model = trunk
+        adapter = "policy"
+        models = {"policy": trunk}
     else:
-        model, adapter = common.load_model(args.init_from, args), None
-    models, kv_cache = {"policy": model}, (2 * args.batch_size, length)
-    models |= {} if args.lora else {"frozen": trunk}
-    common.memory_plan(models, args, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
-    actor = common.actor(model, args)
-    accum = args.batch_size // args.mini_batch_size
-    policy = common.engine(model, args, args.lr, args.mini_batch_size, accum)
-    trunk = policy if args.lora else common.frozen(trunk, args)
+        model = common.load_model(args.init_from, args)
+        adapter = None
+        models = {"policy": model, "frozen": trunk}
+    length = args.max_prompt_length + args.max_new_tokens
+    kv_cache = (2 * args.batch_size, length)                            # sampled and greedy responses
+    run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
+    accum = args.batch_size // args.mini_batch_size                     # one update per step
+    policy = run.engine("policy", model, args.lr, args.mini_batch_size, accum, decodes=True)
+    trunk = policy if args.lora else run.frozen(trunk)
 
-    batch = args.batch_size * common.world()                      # rollouts per step, all ranks together
-    common.seed(args)
-    checkpoints = common.Checkpoints(args, args.out, policy=policy)
-    first, _ = checkpoints.load()
-    metrics = common.Metrics(args.out, args.max_steps, "remax", ("gold", "kl", "score"), policy, first)
-
-    for step in range(first, args.max_steps):
-        seconds = {}
-        index = common.batch_indices(len(data), batch, step, args.seed)
+    run.resume()
+    for step in run.steps(args.max_steps):
+        index = run.batch(len(data), args.batch_size, step)
         prompts = [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
 
-        # 1. rollout: a sampled and a greedy response per prompt
-        with common.clock(seconds, "generate"):
+        # 1. Rollout: a sampled and a greedy response per prompt
+        with run.phase("generate"):
             policy.eval()
-            common.refresh(actor, model)
-            every = rollout(actor, prompts * 2, tok, args, device, adapter, greedy=args.batch_size)
-            ids, attn, mask, ended = every
-            T, responses = mask.shape[1], common.unpad(ids, mask)
+            every = rollout(run.actor(model), prompts * 2, tok, args, device, adapter, args.batch_size)
+        ids, attn, mask, ended = every
+        T = mask.shape[1]
+        texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
         if args.dry_run:
             return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
-        with common.clock(seconds, "score"), torch.no_grad():
-            # 2. reward of all responses, and log-probs of the sampled ones under the reference
-            texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
-            if reward:                                                                              # (2 B,)
+        with run.phase("score"), torch.no_grad():
+            # 2. Reward of all responses, and log-probs of the sampled ones under the reference
+            if reward:
                 score = [reward(data[i]["prompt"], t) for i, t in zip(index * 2, texts, strict=True)]
-                score = torch.tensor(score, device=device)
+                score = torch.tensor(score, device=device)                              # (2 B,)
             else:
                 order = common.sort_by_length(torch.arange(len(ids)), attn, len(ids))
-                rows = ids, attn, T, order, args.mini_batch_size
+                rows = (ids, attn, T, order, args.mini_batch_size)
                 score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
-                score = (score.gather(1, mask.sum(1, keepdim=True)).squeeze(1) - meta["mean"]) / meta["std"]
+                score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)           # (2 B,)
+                score = (score - rm["mean"]) / rm["std"]
             score = score - args.missing_eos_penalty * ~ended
             score, greedy_score = score.chunk(2)
             ids, attn, mask, ended = (x[:args.batch_size] for x in every)
             order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
-            rows, sampled = (ids, attn, T, order, args.mini_batch_size), dict(temperature=args.temperature)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, **sampled)                     # (B, T)
+            rows = (ids, attn, T, order, args.mini_batch_size)
+            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=args.temperature)
 
-        # 3. update: one step
-        with common.clock(seconds, "train"):
+        # 3. Update: one step of REINFORCE
+        with run.phase("train"):
             policy.train()
-            common.set_lr(policy, args.lr * (1 - step / args.max_steps))
-            n_tokens, old_logp = common.all_sum(mask.sum()), torch.zeros_like(ref_logp)
+            run.set_lr(policy, args.lr * (1 - step / args.max_steps))
+            n_tokens = common.all_sum(mask.sum())
+            old_logp = torch.zeros_like(ref_logp)
             loss = torch.zeros((), device=device)
-            for m in order.split(args.mini_batch_size):                     # rows of one mini-batch
+            for m in order.split(args.mini_batch_size):
                 logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
                 old_logp[m] = logp.detach()
                 adv = remax_advantage(score[m], greedy_score[m], old_logp[m], ref_logp[m], args.kl_coef)
                 loss_m = remax_loss(logp, adv, mask[m], n_tokens)
-                policy.backward(loss_m * common.world() * accum)              # DeepSpeed divides by both
+                policy.backward(loss_m * run.world * accum)             # DeepSpeed divides by both
                 policy.step()
                 loss += loss_m.detach()
 
-        # 4. log, save
-        row = dict(seconds, loss=loss * common.world(), score=score.mean(), greedy_score=greedy_score.mean())
+        # 4. Log
+        row = dict(loss=loss * run.world, score=score.mean(), greedy_score=greedy_score.mean())
         if gold:
             pairs = zip(index, texts[:args.batch_size], strict=True)
             row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in pairs])
-        row |= dict(kl=((old_logp - ref_logp) * mask).sum(1).mean(), ended=ended.float().mean(),
-                    entropy=-common.masked_moments(old_logp, mask)[0], length=mask.sum(1).float().mean(),
-                    tokens=n_tokens)
-        metrics.log(step, **row)
-        checkpoints.save(step)
+        minus_entropy, _ = common.masked_moments(old_logp, mask)
+        run.log(**row, kl=((old_logp - ref_logp) * mask).sum(1).mean(), ended=ended.float().mean(),
+                entropy=-minus_entropy, length=mask.sum(1).float().mean(), tokens=n_tokens)
 
-    common.save_model(model, tok, os.path.join(args.out, "model"), adapter)
-    common.refresh(actor, model)
-    common.evaluate(rollout, actor, policy, trunk, tok, heldout, gold, args, device, adapter)
+    run.save_model(model, tok, adapter)
+    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

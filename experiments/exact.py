@@ -123,7 +123,7 @@ def rl(argv):
     tok, pairs = common.load_tokenizer(args.init_from), 2 if args.tau_pairs is None else args.tau_pairs
     meta = dict(tau_pairs=pairs, max_length=256, tau_length=128, q_std=value_std(pairs))
     common.load_adapter = lambda *_, **__: meta
-    common.frozen = lambda trunk, args: Exact(trunk, tok)
+    common.Run.frozen = lambda run, trunk: Exact(trunk, tok)
     common.read_prefix = lambda trunk, prefix, *_: lambda n: trunk.turns(prefix)
     dvpo.main(argv)
 

@@ -16,22 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.processes import CUDA, all_sum, die, rank, world, writing
-
-
-def masked_moments(x, mask):
-    """Mean and standard deviation of x where mask, over all ranks, in fp32: of one shape -> two scalars."""
-    x, n = x.float(), all_sum(mask.sum().float())
-    mean = all_sum((x * mask).sum()) / n
-    var = all_sum(((x - mean) ** 2 * mask).sum()) / n
-    return mean, var.clamp(min=1e-12).sqrt()
-
-
-def token_mean(stats, key):
-    """Mean over the tokens of all ranks: means of micro-batches, [{key: mean, n: tokens}, ...] -> scalar."""
-    n = torch.stack([s["n"] for s in stats]).float()
-    total = (torch.stack([s[key] for s in stats]) * n).sum()
-    return all_sum(total) / all_sum(n.sum())
+from runtime.processes import CUDA, die, rank, world, writing
 
 
 def mean_over_ranks(metrics):

@@ -6,11 +6,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNTIME = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "runtime").glob("*.py"))
 LIMITS = {                                              # files counted together: most lines
     ("sft.py",): 165,
-    ("train_gvm.py",): 390,
+    ("train_gvm.py",): 410,
     ("dvpo.py",): 300,
-    ("ppo_baseline.py",): 420,
+    ("ppo_baseline.py",): 430,
     ("common.py",): 850,
-    ("common.py", *RUNTIME): 1850,
+    ("common.py", *RUNTIME): 1960,
     ("test_smoke.py",): 300,
     **{(f"comparators/{name}.py",): 220 for name in ("dpo", "remax", "grpo")},
     ("README.md",): 160,

@@ -12,6 +12,7 @@ from helpers import GVM, RL, Args, close, path, refused, run, tiny_gpt2, tiny_ll
 import common
 import dvpo
 import ppo_baseline
+import runtime.run
 import train_gvm
 from data import toy
 from tools import label
@@ -256,7 +257,7 @@ def test_adapters_accumulate_in_fp32(zero):
     flags = (*GVM[:2], "--data", few, "--heldout", few, "--out", out, "--dtype", "bf16", "--zero", zero,
              "--batch-size", 16, "--grad-accum", 16, "--max-steps", 2)
     grads = []
-    real = common.engine
+    real = runtime.run.engine
 
     def engine(model, *rest):
         for p in model.adapter_parameters("gvm").values():
@@ -264,7 +265,7 @@ def test_adapters_accumulate_in_fp32(zero):
         return real(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "engine", engine)
+        patch.setattr(runtime.run, "engine", engine)
         rows = run(train_gvm, *flags)
     assert len(rows) == 2 and set(grads) == {torch.float32}
     saved = weights(os.path.join(out, "model"))

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import common
 import dvpo
 import ppo_baseline
+import runtime.run
 import train_gvm
 from data import toy
 
@@ -494,14 +495,14 @@ def test_ppo(source):
         reward = common.load_function(path("ref/reward.py:reward"))
         flags = dict(reward=path("ref/reward.py:reward"))
     critics = []
-    real = common.engine
+    real = runtime.run.engine
 
     def engine(model, *args):                           # no stage saves its critic
         critics.extend([model] if "critic" in model.heads else [])
         return real(model, *args)
 
     out = path("ref/ppo", source)
-    with mock.patch("common.engine", engine):
+    with mock.patch("runtime.run.engine", engine):
         flags = stage_flags(PPO, **flags, out=out)
         metrics, rollouts, shuffles = recorded(ppo_baseline, *flags)
     policy, critic, log = ppo_by_hand(reward, rollouts, shuffles)
@@ -516,7 +517,7 @@ def test_ppo(source):
 def test_gvm():
     """From an adapter without zeros. Some rows have two before them, some one or none."""
     start = {}
-    real = common.engine
+    real = runtime.run.engine
 
     def engine(model, *args):
         torch.manual_seed(1)
@@ -527,7 +528,7 @@ def test_gvm():
 
     out = path("ref/gvm")
     rows = path("ref/gvm.jsonl")
-    with mock.patch("common.engine", engine):
+    with mock.patch("runtime.run.engine", engine):
         files = stage_flags(init_from=path("ref/model"), data=rows, heldout=rows, out=out)
         run(train_gvm, *stage_flags(GVM), *files)
     adam, q_std, packed = gvm_by_hand(start)

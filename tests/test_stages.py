@@ -102,18 +102,18 @@ def test_lr_decay(case):
     """Linear to 0, in the optimizers themselves, unless --no-lr-decay; four steps."""
     world()
     name, stage, argv = resume_cases("0")[case]
-    seen, set_lr = [], common.set_lr
+    seen, set_lr = [], common.Run.set_lr
     flags = [*argv, "--out", path("decay", name), "--lr", 4e-4]
     rates = [4e-4, 3e-4, 2e-4, 1e-4]
     if stage is ppo_baseline:
         flags += ["--critic-lr", 8e-4]
         rates = [4e-4, 8e-4, 3e-4, 6e-4, 2e-4, 4e-4, 1e-4, 2e-4]
 
-    def record(engine, lr):
-        set_lr(engine, lr)
+    def record(self, engine, lr):
+        set_lr(self, engine, lr)
         seen.append(round(engine.optimizer.param_groups[-1]["lr"], 9))
 
-    with mock.patch("common.set_lr", record):
+    with mock.patch("common.Run.set_lr", record):
         run(stage, *flags)
         assert seen[-len(rates):] == rates, seen            # the reward model's come before
         seen.clear()
