@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.processes import CUDA, all_sum, die, rank, world
+from runtime.processes import CUDA, all_sum, die, rank, say, world
 
 
 def masked_moments(x, mask):
@@ -65,7 +65,7 @@ class Progress(tqdm):
     def status_printer(file):
         if file.isatty():
             return tqdm.status_printer(file)
-        return lambda line: line.strip() and print(line, file=file, flush=True)
+        return lambda line: line.strip() and say(line)
 
 
 @contextlib.contextmanager
