@@ -32,14 +32,14 @@ def two_nodes(argv, kill_after=None):
     nodes = [start_node(folder, port, argv) for folder in (path("node0"), path("node1"))]
     if kill_after:
         metrics = os.path.join(argv[argv.index("--out") + 1], "metrics.jsonl")
-        for _ in range(1200):
+        for _ in range(4800):
             time.sleep(0.05)
             if os.path.exists(metrics) and sum(1 for _ in open(metrics)) >= kill_after:
                 break
         victim = psutil.Process(nodes[1].pid)
         for process in [victim, *victim.children(recursive=True)]:
             process.kill()
-    errors = [node.communicate(timeout=100)[1] for node in nodes]
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
     return [node.returncode for node in nodes], errors
 
 
