@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.processes import all_max, barrier, die, finish, gathered, lock, new_folder, rank, world
+from runtime.processes import all_max, barrier, die, finish, gathered, lock, new_folder, rank, say, world
 
 # Flags that --resume may change; with another value of any other flag it would not be the same run.
 MAY_CHANGE = {
@@ -198,7 +198,7 @@ class Checkpoints:
         """`step` has just been done, counted from 0."""
         skipped = sum(engine.skipped_steps for engine in self.engines.values())
         if skipped > self.skipped and rank() == 0:              # which DeepSpeed does not say
-            print(f"warning: step {step}: gradient not finite, update skipped; lower --lr", file=sys.stderr)
+            say(f"warning: step {step}: gradient not finite, update skipped; lower --lr")
         self.skipped, self.stop = skipped, all_max(self.stop)
         if not self.stop and (step + 1) % self.args.save_every:
             return
@@ -220,7 +220,7 @@ class Checkpoints:
                 shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
         if self.stop:
             if rank() == 0:
-                print(f"\nstopped after step {step}; continue with --resume", file=sys.stderr)
+                say(f"\nstopped after step {step}; continue with --resume")
             finish()
 
 

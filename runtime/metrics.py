@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.processes import CUDA, die, rank, world, writing
+from runtime.processes import CUDA, die, rank, say, world, writing
 
 
 def mean_over_ranks(metrics):
@@ -50,7 +50,7 @@ class Progress(tqdm):
     def status_printer(file):
         if file.isatty():
             return tqdm.status_printer(file)
-        return lambda line: line.strip() and print(line, file=file, flush=True)
+        return lambda line: line.strip() and say(line)
 
 
 @contextlib.contextmanager

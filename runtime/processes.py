@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 
@@ -37,6 +38,18 @@ def die(message, code=2, all_ranks=False):
     if all_ranks or int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(f"error: {message}", file=sys.stderr)        # below any progress bar
     raise SystemExit(code)
+
+
+def say(line):
+    """Print a line on stderr. Where its reader has gone, as a launcher may, the run gets a SIGTERM.
+
+    Which ends a stage after its step, with a checkpoint: to fail here would lose the steps since the last.
+    """
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def missing_model(path, error):
@@ -74,6 +87,7 @@ def start(args):
         os.makedirs(args.out, exist_ok=True)
         lock(args.out)
         write_json(f"{args.out}/run.json", vars(args) | dict(world_size=world(), device=str(device)))
+        must_be_shared(args.out)
     return device
 
 
@@ -114,6 +128,18 @@ def lock(folder):
         LOCKED[folder] = descriptor
 
 
+def must_be_shared(folder):
+    """Every rank writes its part of a checkpoint: one host's own folder would hold a part, and seem whole."""
+    own = os.path.join(folder, f"rank_{rank()}.tmp")
+    with open(own, "w"):
+        barrier()
+    missing = sum(not os.path.exists(os.path.join(folder, f"rank_{r}.tmp")) for r in range(world()))
+    missing = all_max(missing)                                  # which comes after all ranks have looked
+    os.remove(own)
+    if missing:
+        die(f"--out {folder}: each host has its own; name a folder on a file system that all hosts share")
+
+
 def seed(args):
     """Seed every rank differently; called again before the loop, so that the set-up does not matter."""
     torch.manual_seed(args.seed * 1000 + rank())
@@ -129,8 +155,9 @@ def finish(code=0):
         dist.barrier()
         dist.destroy_process_group()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

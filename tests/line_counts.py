@@ -10,11 +10,11 @@ LIMITS = {                                              # files counted together
     ("dvpo.py",): 300,
     ("ppo_baseline.py",): 430,
     ("common.py",): 850,
-    ("common.py", *RUNTIME): 1960,
+    ("common.py", *RUNTIME): 2010,
     ("test_smoke.py",): 300,
     **{(f"comparators/{name}.py",): 220 for name in ("dpo", "remax", "grpo")},
     ("README.md",): 160,
-    **{(path,): 250 for path in RUNTIME},
+    **{(path,): 260 for path in RUNTIME},
 }
 
 

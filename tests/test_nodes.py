@@ -32,23 +32,40 @@ def two_nodes(argv, kill_after=None):
     nodes = [start_node(folder, port, argv) for folder in (path("node0"), path("node1"))]
     if kill_after:
         metrics = os.path.join(argv[argv.index("--out") + 1], "metrics.jsonl")
-        for _ in range(1200):
+        for _ in range(4800):
             time.sleep(0.05)
             if os.path.exists(metrics) and sum(1 for _ in open(metrics)) >= kill_after:
                 break
         victim = psutil.Process(nodes[1].pid)
         for process in [victim, *victim.children(recursive=True)]:
             process.kill()
-    errors = [node.communicate(timeout=100)[1] for node in nodes]
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
     return [node.returncode for node in nodes], errors
+
+
+def make_nodes():
+    """Two working folders, path("node0") and path("node1")."""
+    for name in ("node0", "node1"):
+        ignored = shutil.ignore_patterns(".*", "out", "results", "docs", "tests")
+        shutil.copytree(HERE, path(name), ignore=ignored, dirs_exist_ok=True)
+
+
+def test_out_must_be_shared():
+    """With an --out of each node's own no checkpoint would be whole: refused before the first step."""
+    world()
+    make_nodes()
+    codes, errors = two_nodes([*resume_cases("3")[2][2], "--out", "out/own"])
+    assert all(code > 0 for code in codes), (codes, errors)
+    assert "error: --out out/own: each host has its own" in "".join(errors), errors
+    for name in ("node0", "node1"):
+        left = os.listdir(path(name, "out/own"))
+        assert left in ([], ["run.json"]), left             # no step was done, and no mark is left
 
 
 def test_a_killed_node_and_resume():
     """The other node ends; steps that are done again after --resume come out as before, bit for bit."""
     world()
-    for name in ("node0", "node1"):
-        ignored = shutil.ignore_patterns(".*", "out", "results", "docs", "tests")
-        shutil.copytree(HERE, path(name), ignore=ignored)
+    make_nodes()
     argv = [*resume_cases("3")[2][2], "--max-steps", "6", "--out", path("nodes")]
     codes, errors = two_nodes(argv, kill_after=3)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), (codes, errors)

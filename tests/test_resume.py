@@ -14,6 +14,7 @@ from helpers import HERE, path, refused, resume_cases, rewind, run, same_run, we
 
 import common
 import dvpo
+import sft
 
 
 @pytest.mark.parametrize("zero", ["1", "3"])
@@ -80,3 +81,22 @@ def test_sigterm_saves_and_ends_well():
     assert 3 <= done < 500 and os.listdir(path("term/checkpoint")) == [f"step_{done}"]
     rows = run(dvpo, *argv[:-4], "--resume", "--max-steps", str(done + 1))
     assert [r["step"] for r in rows] == list(range(done + 1))
+
+
+def test_a_reader_that_has_gone_ends_the_run_well():
+    """Who reads the output dies in step 0, as a launcher may: a checkpoint is written, not a traceback.
+
+    A progress bar prints after at most 30 seconds, and at its end: here at the end, of the third step.
+    """
+    world()
+    argv = [*resume_cases("0")[0][2], "--max-steps", "3", "--save-every", "100", "--out", path("gone")]
+    env = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    process = subprocess.Popen([sys.executable, "-u", "sft.py", *argv], cwd=HERE, env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not process.stdout.readline().startswith(b"sft: "):       # the bar's first line
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(100) == 0
+    assert os.listdir(path("gone/checkpoint")) == ["step_3"] and not os.path.exists(path("gone/model"))
+    assert len(run(sft, *argv, "--resume")) == 3
+    assert os.path.exists(path("gone/model"))
