@@ -42,6 +42,7 @@ import dvpo
 import ppo_baseline
 from comparators import dpo, grpo, remax
 from runtime.metrics import synchronize
+from tools import card
 
 
 def gpt2(vocab, width, layers, heads):
@@ -662,15 +663,16 @@ def report_growth(part):
 
 
 def report(data, path):
-    lines = [f"# Cost of a step, on {data['machine']}", "",
+    lines = [f"# Cost of a step, on {data.get('machine', 'GPUs')}", "",
              "Random weights; medians. Made by tools/bench.py; the commands stand with each part."]
+    lines += card.report(data.get("cards", {}))
     for title, part in data.get("steps", {}).items():
         lines += report_steps(title, part)
     parts = dict(decode=report_decode, attention=report_attention, plans=report_plans, growth=report_growth)
     for name, lines_of in parts.items():
         if name in data:
             lines += lines_of(data[name])
-    if os.path.exists(os.path.join(os.path.dirname(path), "bench_growth.png")):
+    if "growth" in data and os.path.exists(os.path.join(os.path.dirname(path), "bench_growth.png")):
         lines += ["![how cost grows](bench_growth.png)"]
     with open(path, "w") as f:
         f.write("\n".join(lines) + "\n")
