@@ -422,6 +422,30 @@ class Decoder:
         self.logits = self.step(token[:, None])
 
 
+def locate(weights, u):
+    """Where a share u in [0, 1) of the whole ends: (B, N), (B, 1) -> sums up to each weight, place, number."""
+    ends = weights.cumsum(-1, dtype=torch.float64)
+    place = u.clamp(0, 1 - 2**-52) * ends[:, -1:]       # below the last end: it is in a weight above 0
+    return ends, place, torch.searchsorted(ends, place, right=True).clamp(max=weights.shape[1] - 1)
+
+
+def draw(p, u, size=256):
+    """The words that uniform numbers choose: p (B, V), u (B, 1) fp64 -> (B,), each with its probability.
+
+    A cumsum over a large vocabulary is one long scan per row, which a GPU cannot spread. So in two steps:
+    which block of words, then which word in it. Sums are fp64: fp32 would blur the rare words.
+    """
+    first, V = 0, p.shape[1]
+    if V > 32 * size:
+        p = F.pad(p, (0, -V % size)).unflatten(1, (-1, size))                         # (B, V / size, size)
+        ends, place, block = locate(p.sum(-1, dtype=torch.float64), u)
+        begin = F.pad(ends, (1, 0)).gather(1, block)
+        u = (place - begin) / (ends.gather(1, block) - begin)                         # inside the block
+        p = p[torch.arange(len(p), device=p.device), block.squeeze(1)]                # (B, size)
+        first = block * size
+    return (first + locate(p, u)[2]).squeeze(1).clamp(max=V - 1)
+
+
 def load_model(path, args=None, trainable=True):
     """A causal LM from a transformers folder or hub id, all dropout at 0.
 

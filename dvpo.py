@@ -90,9 +90,8 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     end_ids = model.end_ids(tok)                                  # (E,)
     response, mask = [], []
     for t in range(args.max_new_tokens):
-        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
+        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
+        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
         ended = ended | (token[:, None] == end_ids).any(1)

@@ -55,3 +55,35 @@ def test_sampling_follows_the_distribution():
     want = model.lm(torch.tensor([p])).logits[0, -1].softmax(-1)
     seen = torch.bincount(ids[:, -1], minlength=len(tok)) / 4000
     assert (seen - want).abs().max() < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_draw_equals_a_plain_cumsum():
+    """Two steps, block and word, choose what one running sum does; words of probability 0 are never drawn."""
+    torch.manual_seed(0)
+    for V in 50, 8193, 50257, 128256:                   # one block; a last block that is not full; one that is
+        p = (3 * torch.randn(4, V)).softmax(-1)
+        p[:, torch.rand(V) < 0.3] = 0.0                 # among them often the first and the last
+        p[:, -V // 9:] = 0.0
+        cdf = p.double().cumsum(-1)
+        edges = torch.tensor([0.0, 2**-60, 0.5, 1 - 2**-53], dtype=torch.float64).view(4, 1, 1).expand(4, 4, 1)
+        for u in [*torch.rand(50, 4, 1, dtype=torch.float64), *edges]:
+            token = common.draw(p, u)
+            want = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
+            assert torch.equal(token, want.clamp(max=V - 1)) or u[0] > 1 - 2**-52
+            assert (p.gather(1, token[:, None]) > 0).all() and (token < V).all()
+    word = torch.full((3, 9000), 0.0)
+    for i in 0, 255, 256, 8999:                         # a single word, at the edges of blocks
+        word.zero_()[:, i] = 1e-30
+        assert (common.draw(word, torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)) == i).all()
+
+
+def test_draw_follows_the_distribution():
+    """Shares of 20,000 draws from 9,000 words in blocks of unlike weight: chi squared over 40 groups."""
+    torch.manual_seed(1)
+    p = torch.randn(9000).mul(2).softmax(-1)
+    u = torch.rand(20_000, 1, dtype=torch.float64)
+    drawn = torch.cat([common.draw(p.expand(len(part), -1), part) for part in u.split(400)])
+    group = torch.arange(9000) % 40
+    want = 20_000 * torch.zeros(40).index_add(0, group, p)
+    seen = torch.bincount(group[drawn], minlength=40)
+    assert seen.sum() == 20_000 and ((seen - want)**2 / want).sum() < 73  # 39 degrees of freedom: p = 0.001
