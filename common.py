@@ -33,7 +33,7 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import Checkpoints, load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
-from runtime.graphs import StaticDecoder
+from runtime.graphs import StaticDecoder, merges_adapter, static_decoder
 from runtime.memory import CHUNK, activation_bytes, check_context, memory_plan, positions
 from runtime.metrics import Metrics, Progress, clock, masked_moments, mean_over_ranks, peak_bytes, token_mean
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, deepspeed, die
@@ -423,7 +423,7 @@ class Decoder:
 
 
 def locate(weights, u):
-    """Where a share u in [0, 1) of the whole ends: (B, N), (B, 1) -> sums up to each weight, place, number."""
+    """Where a share u in [0, 1) of all ends: (B, N), (B, 1) -> sums up to each weight, place, number."""
     ends = weights.cumsum(-1, dtype=torch.float64)
     place = u.clamp(0, 1 - 2**-52) * ends[:, -1:]       # below the last end: it is in a weight above 0
     return ends, place, torch.searchsorted(ends, place, right=True).clamp(max=weights.shape[1] - 1)

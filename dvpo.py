@@ -62,7 +62,8 @@ def parse_args(argv=None):
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
     p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    p.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+                   help="roll out with compiled blocks and CUDA graphs, for speed")
     p.add_argument("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
     p.add_argument("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
                    help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
@@ -80,12 +81,13 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
+@common.merges_adapter
 def rollout(model, prompts, tok, args, device, adapter=None):
     """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
-        decode = common.StaticDecoder(decode, args.max_new_tokens)
+        decode = common.static_decoder(decode, args.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                  # (E,)
     response, mask = [], []

@@ -66,7 +66,8 @@ def parse_args(argv=None):
     p.add_argument("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     p.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
     p.add_argument("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    p.add_argument("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    p.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+                   help="roll out with compiled blocks and CUDA graphs, for speed")
     p.add_argument("--gamma", type=float, default=1.0, help="discount per token")
     p.add_argument("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
     p.add_argument("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
@@ -101,7 +102,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
-        decode = common.StaticDecoder(decode, args.max_new_tokens)
+        decode = common.static_decoder(decode, args.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                  # (E,)
     response, mask = [], []

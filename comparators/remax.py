@@ -58,6 +58,7 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
+@common.merges_adapter
 def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
     """A response per prompt, the last `greedy` ones without sampling: lists of ids -> as in dvpo.py."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)

@@ -68,8 +68,8 @@ def report_token(card):
         theirs = f"{run['generate']:.2f}" if "generate" in run else ""
         cells = f"{run['ms']:.2f}", f"{least:.2f}", f"{least / run['ms']:.2f}", theirs
         rows.append([run["shape"], run["rows"], *cells])
-    return ["", "One token of the rollout (all of the rollout over its tokens, the prompt included); the least "
-            "is what weights and cache take at the bandwidth:",
+    return ["", "One token of the rollout (all of the rollout over its tokens, the prompt included); the "
+            "least is what weights and cache take at the bandwidth:",
             *table(["shape", "rows", "ms", "least ms", "share of the bandwidth", "`generate` ms"], rows)]
 
 
