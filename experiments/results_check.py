@@ -21,7 +21,6 @@ from experiments.ablate import GVMS
 from experiments.critic import RUNS as CRITIC_RUNS
 from experiments.shared import interval, window_means
 from experiments.side_by_side import EQUAL_KL, LABELS, METHODS, at_kl, curve
-from tools import card
 
 NOT_KEPT = "# Numbers whose runs are not kept"          # the last section of results/README.md has no files
 KNOWN = [                                               # numbers that results/ does not hold
@@ -348,9 +347,9 @@ def cost_on_gpus():
     runs, cells, long = step["measured"], {}, []
     for name, label in ("dvpo", "DVPO"), ("lora", "DVPO `--lora`"), ("ppo", "PPO"):
         run = runs[name]
-        gib, planned = (f"{run[key] / card.GIB:.1f}" for key in ("peak", "planned"))
+        gib, planned = (f"{run[key] / 2**30:.1f}" for key in ("peak", "planned"))
         cells[name] = f"{run['sec_step']:.1f}", gib
-        long.append(f"{card.hours(run['sec_step'], step['rows']):.0f}")
+        long.append(f"{450 * 64 / step['rows'] * run['sec_step'] / 3600:.0f}")
         phases = [f"{run['sec_' + phase]:.2f}" for phase in ("generate", "score", "train")]
         share = f"{run['planned'] / run['peak']:.2f}"
         yield row(label, *phases, cells[name][0], gib, planned, share)
@@ -394,13 +393,13 @@ def cost_of_comparators():
 
 
 def cost_of_parts():
-    data = read("bench_cpu.json")
-    ways = [way["seconds"] for way in data["attention"]["shapes"]["llama3-3b"]["ways"].values()]
+    data, parts = read("bench_cpu.json"), read("bench_parts.json")
+    ways = [way["seconds"] for way in parts["attention"]["shapes"]["llama3-3b"]["ways"].values()]
     yield f"{ways[0] / ways[2]:.0f} times as long"
     for shape, label in ("124M", "124M"), ("tiny", "toy"):
         ratio = data["decode"]["shapes"][shape]["ratio"]
         yield f"transformers' `generate`, {label} | {ratio:.2f} times as fast"
-    measured = [run for point in data["growth"]["points"] for run in point["measured"].values()]
+    measured = [run for point in parts["growth"]["points"] for run in point["measured"].values()]
     worst = max(abs(run["planned"] / run["peak"] - 1) for run in measured)
     yield f"is within {100 * worst:.0f} % of the peak"
     yield f"stayed within {100 * worst:.0f} % of the measured peak"

@@ -145,41 +145,31 @@ class StaticDecoder:
         lists = [m for m in decoder.trunk.modules() if isinstance(m, torch.nn.ModuleList)]
         self.blocks = next((m for m in lists if len(m) == len(layers)), [])
 
-    @contextlib.contextmanager
-    def compiled(self):
-        """Inside, each block runs compiled, with its own layer of the cache in place of the whole."""
-        def forward_with(block, layer):
-            def own(x):
-                return layer if x is self.decoder.cache else x
+    def run_compiled(self, block, layer, *args, **kwargs):
+        """A block whose cache is its own layer: the number of the layer would be compiled into it."""
+        def own(x):
+            return layer if x is self.decoder.cache else x
 
-            def forward(*args, **kwargs):
-                kwargs = {key: own(x) for key, x in kwargs.items()}
-                return compiled_block()(block, *map(own, args), **kwargs)
-
-            return forward
-
-        try:
-            for block, layer in zip(self.blocks, self.decoder.cache.layers, strict=bool(self.blocks)):
-                block.forward = forward_with(block, layer)
-            yield
-        finally:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
+        return compiled_block()(block, *map(own, args), **{key: own(x) for key, x in kwargs.items()})
 
     def step(self):
-        """Logits after self.token. Writes only where it writes again if it must run once more, uncompiled."""
+        """Logits after self.token. Half a step does no harm: the same step, uncompiled, writes over it."""
         config = self.decoder.trunk.config
+        blocks = self.blocks if StaticDecoder.compiles else []
         config._attn_implementation = "one_token"
+        for block, layer in zip(blocks, self.decoder.cache.layers, strict=False):   # all, or none
+            block.forward = functools.partial(self.run_compiled, block, layer)
         try:
-            if StaticDecoder.compiles:
-                try:
-                    with self.compiled():
-                        return self.decoder.step(self.token)
-                except Exception as e:                  # no compiler, or a block that it does not understand
-                    self.give_up(e)
             return self.decoder.step(self.token)
+        except Exception as e:                          # no compiler, or a block that it does not understand
+            if not blocks:
+                raise
+            self.give_up(e)
         finally:
+            for block in blocks:
+                del block.forward
             config._attn_implementation = "sdpa"
+        return self.step()
 
     def give_up(self, error):
         StaticDecoder.compiles = False

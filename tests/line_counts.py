@@ -10,11 +10,11 @@ LIMITS = {                                              # files counted together
     ("dvpo.py",): 300,
     ("ppo_baseline.py",): 420,
     ("common.py",): 770,
-    ("common.py", *RUNTIME): 1720,
+    ("common.py", *RUNTIME): 1780,
     ("test_smoke.py",): 300,
     **{(f"comparators/{name}.py",): 220 for name in ("dpo", "remax", "grpo")},
     ("README.md",): 160,
-    **{(path,): 210 for path in RUNTIME},
+    **{(path,): 220 for path in RUNTIME},
 }
 
 
