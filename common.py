@@ -35,7 +35,7 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
-from runtime.graphs import StaticDecoder
+from runtime.graphs import StaticDecoder, merges_adapter, static_decoder
 from runtime.memory import CHUNK, activation_bytes, check_context, context_length, memory_plan, positions
 from runtime.metrics import Metrics, Progress, mean_over_ranks, peak_bytes
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, check_writable
@@ -447,6 +447,30 @@ class Decoder:
         self.mask = None if self.mask is None else F.pad(self.mask, (0, 1), value=1)
         self.positions = self.positions[:, -1:] + 1
         self.logits = self.step(token[:, None])
+
+
+def locate(weights, u):
+    """Where a share u in [0, 1) of all ends: (B, N), (B, 1) -> sums up to each weight, place, number."""
+    ends = weights.cumsum(-1, dtype=torch.float64)
+    place = u.clamp(0, 1 - 2**-52) * ends[:, -1:]       # below the last end: it is in a weight above 0
+    return ends, place, torch.searchsorted(ends, place, right=True).clamp(max=weights.shape[1] - 1)
+
+
+def draw(p, u, size=256):
+    """The words that uniform numbers choose: p (B, V), u (B, 1) fp64 -> (B,), each with its probability.
+
+    A cumsum over a large vocabulary is one long scan per row, which a GPU cannot spread. So in two steps:
+    which block of words, then which word in it. Sums are fp64: fp32 would blur the rare words.
+    """
+    first, V = 0, p.shape[1]
+    if V > 32 * size:
+        p = F.pad(p, (0, -V % size)).unflatten(1, (-1, size))                         # (B, V / size, size)
+        ends, place, block = locate(p.sum(-1, dtype=torch.float64), u)
+        begin = F.pad(ends, (1, 0)).gather(1, block)
+        u = (place - begin) / (ends.gather(1, block) - begin)                         # inside the block
+        p = p[torch.arange(len(p), device=p.device), block.squeeze(1)]                # (B, size)
+        first = block * size
+    return (first + locate(p, u)[2]).squeeze(1).clamp(max=V - 1)
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ def parse_args(argv=None):
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    flag("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+         help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
     flag("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
          help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
@@ -80,19 +81,19 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
+@common.merges_adapter
 def rollout(model, prompts, tok, args, device, adapter=None):
     """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
-        decode = common.StaticDecoder(decode, args.max_new_tokens)
+        decode = common.static_decoder(decode, args.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                  # (E,)
     response, mask = [], []
     for t in range(args.max_new_tokens):
-        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
+        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
+        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
         ended = ended | (token[:, None] == end_ids).any(1)

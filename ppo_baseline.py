@@ -67,7 +67,8 @@ def parse_args(argv=None):
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    flag("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+         help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--gamma", type=float, default=1.0, help="discount per token")
     flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
     flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
@@ -102,14 +103,13 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
     decode = common.Decoder(model, ids, attn, adapter)
     if args.static_cache:
-        decode = common.StaticDecoder(decode, args.max_new_tokens)
+        decode = common.static_decoder(decode, args.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                  # (E,)
     response, mask = [], []
     for t in range(args.max_new_tokens):
-        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
+        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
+        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)
         ended = ended | (token[:, None] == end_ids).any(1)

@@ -18,6 +18,7 @@ Deviations: AdamW and linear decay to 0 in place of RMSprop and warm-up, as in t
     python comparators/dpo.py --model llama3-3b --lora                      one GPU
     deepspeed --num_gpus 8 comparators/dpo.py --model llama3-3b             eight
 """
+import argparse
 import math
 import os
 import sys
@@ -50,7 +51,8 @@ def parse_args(argv=None):
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="of samples: its end")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a sample")
     flag("--temperature", type=float, default=d.temperature, help="of samples")
-    flag("--static-cache", action="store_true", help="sample with CUDA graphs, for speed")
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+         help="sample with compiled blocks and CUDA graphs, for speed")
     flag("--lora", action="store_true", help="train the policy as an adapter (rank 8, alpha 32)")
     return common.parse(p, argv)
 

@@ -24,6 +24,7 @@ the reward and no clipping. Rewards, --missing-eos-penalty and linear decay are 
     python comparators/grpo.py                                              the embedded world on a CPU
     deepspeed --num_gpus 8 comparators/grpo.py --model llama3-3b            eight GPUs
 """
+import argparse
 import os
 import sys
 
@@ -59,7 +60,8 @@ def parse_args(argv=None):
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    flag("--static-cache", action="store_true", help="roll out with CUDA graphs, for speed")
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+         help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     flag("--clip", type=float, default=0.2, help="eps of the ratio")
     flag("--kl-coef", type=float, default=d.kl_coef, help="beta of the KL loss (paper 0.04)")

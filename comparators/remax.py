@@ -59,6 +59,7 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
+@common.merges_adapter
 def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
     """A response per prompt, the last `greedy` ones without sampling: lists of ids -> as in dvpo.py."""
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
@@ -68,9 +69,8 @@ def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
     response, mask = [], []
     is_greedy = torch.arange(len(prompts), device=device) >= len(prompts) - greedy
     for t in range(args.max_new_tokens):
-        cdf = (decode.logits / args.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)   # (B, V)
-        u = torch.rand(len(cdf), 1, dtype=torch.float64, device=device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)  # (B,), no sync
+        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
+        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
         token = torch.where(is_greedy, decode.logits.argmax(-1), token)
         response.append(token.masked_fill(ended, 0))
         mask.append(~ended)

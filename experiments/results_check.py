@@ -325,8 +325,8 @@ def cost():
         if name == "ppo":
             ratios = [""] * 3
         yield row(label, seconds, *ratios[:2], peak, ratios[2])
-    for name, label in ("dvpo", "DVPO"), ("lora", "DVPO `--lora`"):
-        yield f"{label} takes {time[name]:.3f} of PPO's time per step and {memory[name]:.3f} of its memory"
+    yield (f"DVPO takes {time['dvpo']:.3f} of PPO's time per step and {memory['dvpo']:.3f} of its memory; "
+           f"`--lora` {time['lora']:.3f} and {memory['lora']:.3f}")
     for part, label in ("", "every answer has 64 tokens"), (" at most", "answers end where real ones do"):
         small = steps["14M, 16 rows, 32 + 64 tokens" + part]["measured"]
         cells = []
@@ -338,6 +338,32 @@ def cost():
     mixed = steps["124M, 8 rows, 64 + 128 tokens at most"]["measured"]
     dvpo, lora = (mixed[name]["sec_step"] / mixed["ppo"]["sec_step"] for name in ("dvpo", "lora"))
     yield f"leave DVPO {dvpo:.3f} of PPO's time, `--lora` {lora:.3f}"
+
+
+def cost_on_gpus():
+    """results/bench_gpu.json: a step of 3B on one card, and by it the hours of the paper's RL stage."""
+    h200 = read("bench_gpu.json")["cards"]["NVIDIA H200, commit 4455f1d"]
+    step = h200["steps"]["llama3-3b"]
+    runs, cells, long = step["measured"], {}, []
+    for name, label in ("dvpo", "DVPO"), ("lora", "DVPO `--lora`"), ("ppo", "PPO"):
+        run = runs[name]
+        gib, planned = (f"{run[key] / 2**30:.1f}" for key in ("peak", "planned"))
+        cells[name] = f"{run['sec_step']:.1f}", gib
+        long.append(f"{450 * 64 / step['rows'] * run['sec_step'] / 3600:.0f}")
+        phases = [f"{run['sec_' + phase]:.2f}" for phase in ("generate", "score", "train")]
+        share = f"{run['planned'] / run['peak']:.2f}"
+        yield row(label, *phases, cells[name][0], gib, planned, share)
+    both = "{} s and {} GiB ({})"
+    each = (both.format(*cells[name], label) for name, label in
+            (("dvpo", "DVPO"), ("lora", "`--lora`"), ("ppo", "PPO")))
+    yield f"a step of {step['rows']} rollouts takes {', '.join(each)}"
+    yield "the paper's RL stage there, computed: {}, {} and {} hours".format(*long)
+    ppo = runs["ppo"]
+    yield "DVPO takes {:.2f} of PPO's time and {:.2f} of its memory, `--lora` {:.2f} and {:.2f}".format(
+        *(runs[name][key] / ppo[key] for name in ("dvpo", "lora") for key in ("sec_step", "peak")))
+    token = h200["token"][0]
+    least = 1000 * token["read"] / h200["rate"]["bandwidth"]
+    yield f"takes {token['ms']:.1f} ms where reading weights and cache takes {least:.1f}"
 
 
 def cost_of_comparators():
@@ -367,13 +393,13 @@ def cost_of_comparators():
 
 
 def cost_of_parts():
-    data = read("bench_cpu.json")
-    ways = [way["seconds"] for way in data["attention"]["shapes"]["llama3-3b"]["ways"].values()]
+    data, parts = read("bench_cpu.json"), read("bench_parts.json")
+    ways = [way["seconds"] for way in parts["attention"]["shapes"]["llama3-3b"]["ways"].values()]
     yield f"{ways[0] / ways[2]:.0f} times as long"
     for shape, label in ("124M", "124M"), ("tiny", "toy"):
         ratio = data["decode"]["shapes"][shape]["ratio"]
         yield f"transformers' `generate`, {label} | {ratio:.2f} times as fast"
-    measured = [run for point in data["growth"]["points"] for run in point["measured"].values()]
+    measured = [run for point in parts["growth"]["points"] for run in point["measured"].values()]
     worst = max(abs(run["planned"] / run["peak"] - 1) for run in measured)
     yield f"is within {100 * worst:.0f} % of the peak"
     yield f"stayed within {100 * worst:.0f} % of the measured peak"
@@ -458,7 +484,7 @@ def kl_target():
 
 CLAIMS = (real_language_model, critic, kl_target, demo, embedded_world, gvm_cost, comparators,
           earlier_draws, gvm, without_tau, last_update, lr_decay, exact_values, head, ablations, theorem,
-          real_text, cost, cost_of_comparators, cost_of_parts, long_rollout, plans, soak)
+          real_text, cost, cost_on_gpus, cost_of_comparators, cost_of_parts, long_rollout, plans, soak)
 
 
 def pages():

@@ -1,49 +1,189 @@
-"""Graphs: --static-cache, a rollout whose decode step CUDA records once and then replays.
+"""Graphs: --static-cache, a rollout whose decode step is compiled by block, recorded by CUDA, and replayed.
 
-Without a graph the host launches every kernel of every layer for every token, and the GPU waits. A graph
-needs memory that never moves: a KV cache of full length from the start.
+Without a graph the host launches every kernel of every layer for every token, and the GPU waits; without a
+compiler each norm and each rotary embedding is a dozen kernels. A graph needs memory that never moves: a KV
+cache of full length from the start.
 Open this file to make rollouts faster, or for an architecture with another attention or cache.
 """
+import contextlib
+import functools
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
-from transformers import StaticCache
+from transformers import AttentionInterface, StaticCache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 
-from runtime.processes import die
+from runtime.processes import CUDA, rank
+
+# Only the length may change, and is marked: `dynamic` is off. A resumed run gets the same kernels.
+OPTIONS = dict(force_pointwise_cat=True, deterministic=True)
+
+
+@functools.cache                                        # says each thing once
+def say(line):
+    if rank() == 0:
+        print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def merged(model, adapter):
+    """Inside, the adapter is part of the weights, as in a saved model; afterwards they have their own bits.
+
+    For a rollout: a token costs what it does without an adapter, and the copy lies where activations will.
+    """
+    layers, kept = model.lora_layers(), []
+    try:
+        for weight, layer in ((layer.base.weight.detach(), layer) for layer in layers):
+            kept.append((weight, weight.clone()))
+            weight.copy_(weight.float() + layer.delta(adapter).detach())
+        yield
+    finally:
+        for weight, own in kept:
+            weight.copy_(own)
+
+
+def merges_adapter(rollout):
+    """A rollout that decodes with its adapter merged, unless --gradient-checkpointing asks to save memory."""
+    @functools.wraps(rollout)
+    def run(model, prompts, tok, args, device, adapter=None, **more):
+        if adapter is None or getattr(args, "gradient_checkpointing", False):
+            return rollout(model, prompts, tok, args, device, adapter, **more)
+        with merged(model, adapter):
+            return rollout(model, prompts, tok, args, device, **more)
+
+    return run
+
+
+class Layer(StaticLayer):
+    """The KV cache of one layer at its full length, keys and values in one tensor: one write per token."""
+
+    def __init__(self, prompts, total, end):
+        super().__init__(total)
+        B, heads, length, width = prompts.keys.shape
+        self.kv = prompts.keys.new_zeros(2, B, heads, total, width)
+        self.kv[0, :, :, :length] = prompts.keys
+        self.kv[1, :, :, :length] = prompts.values
+        self.cumulative_length, self.is_initialized = end, True         # (1,): where the next token goes
+        torch._dynamo.maybe_mark_dynamic(self.kv, 3)    # one compiled block serves every length
+
+    def update(self, key, value, *args, **kwargs):
+        self.kv.index_copy_(3, self.cumulative_length, torch.stack((key, value)))
+        return self.kv[0], self.kv[1]
+
+
+def one_token(module, query, key, value, mask, scaling=None, **kwargs):
+    """Attention of one token per row; the query heads that share a key are rows of one product.
+
+    Inside a compiled block, transformers would repeat keys and values for each of them.
+    """
+    B, heads, _, width = query.shape
+    query = query.reshape(B, key.shape[1], -1, width)   # (B, heads of K, heads that share one, width)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(B, 1, heads, -1), None
+
+
+AttentionInterface.register("one_token", one_token)
+
+
+def run_block(block, *args, **kwargs):
+    return type(block).forward(block, *args, **kwargs)
+
+
+@functools.cache
+def compiled_block():
+    """One compiled function for all blocks: their weights and caches are its inputs."""
+    return torch.compile(run_block, fullgraph=True, dynamic=False, options=OPTIONS)
+
+
+def unfit(decoder):
+    """Why this architecture cannot have a static cache, or None."""
+    config = decoder.trunk.config
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in decoder.cache.layers):
+        return "it has recurrent layers"
+    sliding = StaticCache(config=config, max_cache_len=1).is_sliding
+    if config._attn_implementation != "sdpa" or any(sliding):
+        return "its attention is not scaled_dot_product over all tokens"
+    if any(layer.keys.shape != layer.values.shape for layer in decoder.cache.layers):
+        return "its keys and values have different widths"
+    if re.search("dynamic|longrope", str(getattr(config, "rope_parameters", ""))):
+        return "its positions depend on the length"
+
+
+def static_decoder(decoder, new):
+    """A StaticDecoder where the architecture allows one; or else the decoder as it is, and a line."""
+    if reason := unfit(decoder):
+        say(f"--static-cache: not for this architecture ({reason}); decoding without")
+        return decoder
+    return StaticDecoder(decoder, new)
 
 
 class StaticDecoder:
     """A common.Decoder that has read the prompts, with room for `new` tokens: same calls, same logits.
 
-    The graph and the cache live for one rollout, so that no address of a weight outlives an update.
+    The compiled block is kept for the whole run. Graph and cache live for one rollout: recording costs the
+    launches of one token, and an update needs their memory.
     """
 
     stream = None                                       # one for all: cuBLAS keeps a workspace per stream
+    compiles = CUDA                                     # until it fails; on a CPU it does not pay
 
     def __init__(self, decoder, new):
-        config, prompts, length = decoder.trunk.config, decoder.cache, decoder.positions.shape[1]
+        prompts, length = decoder.cache, decoder.positions.shape[1]
         total = -(-(length + new) // 64) * 64
-        decoder.cache = StaticCache(config=config, max_cache_len=total)
-        moving = re.search("dynamic|longrope", str(getattr(config, "rope_parameters", "")))
-        if config._attn_implementation != "sdpa" or any(decoder.cache.is_sliding) or moving:
-            die("--static-cache: this architecture's attention is not scaled_dot_product over all tokens, or "
-                "its positions depend on the length; leave the flag out")
-        for i, layer in enumerate(prompts.layers):
-            decoder.cache.update(layer.keys, layer.values, i)
-            layer.keys = layer.values = None            # never hold both caches
         mask = torch.ones_like(decoder.positions) if decoder.mask is None else decoder.mask
-        decoder.mask = F.pad(mask.bool(), (0, total - length))[:, None, None]      # (B, 1, 1, total)
-        decoder.positions = decoder.positions[:, -1:].clone()
-        self.decoder, self.logits, self.graph = decoder, decoder.logits, None
-        self.token, self.end = decoder.positions.clone(), torch.tensor([length], device=mask.device)
+        mask = F.pad(mask, (0, total - length))[:, None, None]                     # (B, 1, 1, total)
+        decoder.mask = decoder.logits.new_zeros(mask.shape, dtype=prompts.layers[0].keys.dtype)
+        decoder.mask.masked_fill_(mask == 0, -torch.inf)
+        torch._dynamo.maybe_mark_dynamic(decoder.mask, 3)
+        self.end, layers = torch.tensor([length], device=mask.device), []
+        for layer in prompts.layers:
+            layers.append(Layer(layer, total, self.end))
+            layer.keys = layer.values = None            # never hold both caches
+        decoder.cache, decoder.positions = Cache(layers=layers), decoder.positions[:, -1:].clone()
+        self.decoder, self.logits, self.token = decoder, decoder.logits, decoder.positions.clone()
+        self.graph, self.warm = None, 0
+        lists = [m for m in decoder.trunk.modules() if isinstance(m, torch.nn.ModuleList)]
+        self.blocks = next((m for m in lists if len(m) == len(layers)), [])
+
+    def run_compiled(self, block, layer, *args, **kwargs):
+        """A block whose cache is its own layer: the number of the layer would be compiled into it."""
+        def own(x):
+            return layer if x is self.decoder.cache else x
+
+        return compiled_block()(block, *map(own, args), **{key: own(x) for key, x in kwargs.items()})
+
+    def step(self):
+        """Logits after self.token. Half a step does no harm: the same step, uncompiled, writes over it."""
+        config = self.decoder.trunk.config
+        blocks = self.blocks if StaticDecoder.compiles else []
+        config._attn_implementation = "one_token"
+        for block, layer in zip(blocks, self.decoder.cache.layers, strict=False):   # all, or none
+            block.forward = functools.partial(self.run_compiled, block, layer)
+        try:
+            return self.decoder.step(self.token)
+        except Exception as e:                          # no compiler, or a block that it does not understand
+            if not blocks:
+                raise
+            self.give_up(e)
+        finally:
+            for block in blocks:
+                del block.forward
+            config._attn_implementation = "sdpa"
+        return self.step()
+
+    def give_up(self, error):
+        StaticDecoder.compiles = False
+        why = (str(error).splitlines() or [""])[0]
+        say(f"torch.compile: decoding goes on without ({type(error).__name__}: {why})")
 
     def append(self):
         """Append self.token, all in place and without the host: what a graph can hold."""
-        self.decoder.mask.index_fill_(3, self.end, True)
-        self.end += 1
+        self.decoder.mask.index_fill_(3, self.end, 0)
         self.decoder.positions += 1
-        self.logits.copy_(self.decoder.step(self.token))
+        self.logits.copy_(self.step())
+        self.end += 1
 
     def __call__(self, token):
         self.token.copy_(token[:, None])
@@ -51,12 +191,25 @@ class StaticDecoder:
             self.graph.replay()
         elif not token.is_cuda:
             self.append()
-        else:                                           # run once, to warm up; then record for later calls
+        else:                                           # twice as it is: compile, warm up; then record
             StaticDecoder.stream = self.stream or torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.append()
             torch.cuda.current_stream().wait_stream(self.stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.warm += 1
+            if self.warm == 2:
+                self.record()
+
+    def record(self):
+        """The graph of one call, for later ones. Recording runs nothing."""
+        graph, compiles = torch.cuda.CUDAGraph(), StaticDecoder.compiles
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.append()
+            self.graph = graph
+        except Exception as e:
+            if not compiles:
+                raise
+            self.give_up(e)
+            self.warm = 0                               # warm up again, and record the plain step

@@ -45,6 +45,8 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
     cache = 2 * config.num_hidden_layers * heads * width * element                  # bytes per token
     activations = rows * length * kept + min(CHUNK, rows * sampled) * config.vocab_size * (4 + element)
     rollout = decode[0] * (decode[1] * cache + config.vocab_size * 12)
+    if decode[0] and not getattr(args, "gradient_checkpointing", False):            # graphs.merged
+        rollout += sum(layer.base.weight.nbytes for layer in policy.lora_layers())
     plan["activations, or KV cache of the rollout"] = max(activations, rollout)     # never both
     total, free = sum(plan.values()), psutil.virtual_memory().available + held
     if CUDA:

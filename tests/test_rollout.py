@@ -1,13 +1,21 @@
+import contextlib
+import io
 import itertools
 import math
+import re
+import shutil
+from unittest import mock
 
+import pytest
 import torch
 from helpers import PROMPT, Args, close, tiny_gpt2, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import common
 import dvpo
 import ppo_baseline
 from data import toy
+from runtime import graphs
 
 
 def test_greedy_rollout_equals_generate():
@@ -55,3 +63,163 @@ def test_sampling_follows_the_distribution():
     want = model.lm(torch.tensor([p])).logits[0, -1].softmax(-1)
     seen = torch.bincount(ids[:, -1], minlength=len(tok)) / 4000
     assert (seen - want).abs().max() < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_draw_equals_a_plain_cumsum():
+    """Block, then word: the choice of one running sum over all; a word of probability 0 is never drawn."""
+    torch.manual_seed(0)
+    for V in 50, 8193, 50257, 128256:                   # one block; a last one in part; full ones
+        p = (3 * torch.randn(4, V)).softmax(-1)
+        p[:, torch.rand(V) < 0.3] = 0.0                 # among them often the first and the last
+        p[:, -V // 9:] = 0.0
+        cdf = p.double().cumsum(-1)
+        edges = [torch.full((4, 1), u, dtype=torch.float64) for u in (0.0, 2**-60, 0.5, 1 - 2**-53)]
+        for u in [*torch.rand(50, 4, 1, dtype=torch.float64), *edges]:
+            token = common.draw(p, u)
+            want = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
+            assert torch.equal(token, want.clamp(max=V - 1)) or u[0] > 1 - 2**-52
+            assert (p.gather(1, token[:, None]) > 0).all() and (token < V).all()
+    word = torch.full((3, 9000), 0.0)
+    for i in 0, 255, 256, 8999:                         # a single word, at the edges of blocks
+        word.zero_()[:, i] = 1e-30
+        assert (common.draw(word, torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)) == i).all()
+
+
+def test_draw_follows_the_distribution():
+    """Shares of 20,000 draws from 9,000 words in blocks of unlike weight: chi squared over 40 groups."""
+    torch.manual_seed(1)
+    p = torch.randn(9000).mul(2).softmax(-1)
+    u = torch.rand(20_000, 1, dtype=torch.float64)
+    drawn = torch.cat([common.draw(p.expand(len(part), -1), part) for part in u.split(400)])
+    group = torch.arange(9000) % 40
+    want = 20_000 * torch.zeros(40).index_add(0, group, p)
+    seen = torch.bincount(group[drawn], minlength=40)
+    assert seen.sum() == 20_000 and ((seen - want)**2 / want).sum() < 73  # 39 degrees of freedom: p = 0.001
+
+
+def narrow_llama(layers):
+    config = AutoConfig.for_model("llama", vocab_size=512, hidden_size=96, intermediate_size=256,
+                                  num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=2)
+    torch.manual_seed(0)
+    return common.LM(AutoModelForCausalLM.from_config(config).eval())
+
+
+NO_KERNEL = re.compile(r"aten::(as_strided|view|_?reshape(_alias)?|_unsafe_view|resolve_\w+|empty\w*|"
+                       r"resize_|to|result_type|scalar_tensor|expand|transpose|t|slice|select|(un)?squeeze|detach_?|"
+                       r"_local_scalar_dense|item|alias|dropout|lift_fresh)$")
+
+
+def kernels(decode, token):
+    """What one token would launch: generated kernels, and aten operations that are made of no others."""
+    def count(event):
+        inner = sum(map(count, event.cpu_children))
+        name = event.name
+        counts = "cpp_fused" in name or (name.startswith("aten::") and not NO_KERNEL.match(name))
+        return inner or counts
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        decode(token)
+    return sum(count(event) for event in seen.events() if event.cpu_parent is None)
+
+
+def decoders(model, lengths, new):
+    """Rows left-padded to these lengths: a plain decoder, and one with a static cache."""
+    attn = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(0, 512, attn.shape)
+    return common.Decoder(model, ids, attn), common.static_decoder(common.Decoder(model, ids, attn), new)
+
+
+@torch.no_grad()
+def test_compiled_blocks():
+    """One compiled block serves 28 layers, prompts of any length, and saves most of a token's kernels."""
+    if not shutil.which("g++"):
+        pytest.skip("no compiler")
+    model, token = narrow_llama(28), torch.randint(0, 512, (9, 4))
+    options = graphs.OPTIONS | {"cpp.enable_kernel_profile": True}         # shows generated kernels
+    torch._dynamo.reset()
+    graphs.compiled_block.cache_clear()
+    with mock.patch.object(graphs, "OPTIONS", options):
+        for lengths in (20, 9, 20, 3), (70, 70, 70, 70):
+            growing, static = decoders(model, lengths, 30)
+            before = kernels(static, token[0])          # on a CPU blocks are compiled only where asked
+            growing(token[0])
+            with mock.patch.object(common.StaticDecoder, "compiles", True):
+                for t in token[1:]:
+                    growing(t)
+                    static(t)
+                    close(static.logits, growing.logits, 1e-4)
+                after = kernels(static, token[0])
+                assert common.StaticDecoder.compiles
+    assert 1000 < before < 1200 and after <= 400, (before, after)
+    assert not any("forward" in vars(block) for block in model.lm.model.layers)
+    found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert found == 1, found
+    graphs.compiled_block.cache_clear()
+
+
+@torch.no_grad()
+def test_without_a_compiler():
+    """Where torch.compile fails, at once or in the block, the plain step runs, and one line says so."""
+    graphs.say.cache_clear()
+    model, token, said = narrow_llama(2), torch.randint(0, 512, (5, 4)), io.StringIO()
+
+    def compiles_nothing(function, **options):
+        def fails(block, hidden, *args, **kwargs):
+            kwargs["past_key_values"].update(*torch.randn(2, 4, 2, 1, 16))         # half a step is done
+            raise RuntimeError("no compiler\nlong story")
+        return fails
+
+    for compile_ in (compiles_nothing, mock.Mock(side_effect=RuntimeError("no compiler"))):
+        graphs.compiled_block.cache_clear()
+        growing, static = decoders(model, (9, 4, 9, 2), 30)
+        with (mock.patch("torch.compile", compile_), contextlib.redirect_stderr(said),
+              mock.patch.object(common.StaticDecoder, "compiles", True)):
+            for t in token:
+                growing(t)
+                static(t)
+                close(static.logits, growing.logits, 1e-4)
+            assert not common.StaticDecoder.compiles
+    graphs.compiled_block.cache_clear()
+    line = "torch.compile: decoding goes on without (RuntimeError: no compiler)\n"
+    assert said.getvalue() == line
+
+
+@torch.no_grad()
+def test_no_static_cache_where_it_does_not_fit():
+    graphs.say.cache_clear()
+    model, said = narrow_llama(1), io.StringIO()
+    model.lm.config.rope_parameters = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    with contextlib.redirect_stderr(said):
+        for _ in range(2):
+            _, same = decoders(model, (9, 4), 30)
+            assert type(same) is common.Decoder
+    assert said.getvalue().count("\n") == 1 and "its positions depend on the length" in said.getvalue()
+
+
+def test_merged_adapter():
+    """A rollout decodes with the adapter in the weights, which then have their own bits again."""
+    tok, args, model = toy.tokenizer(), Args(), tiny_llama(3)
+    model.requires_grad_(False).add_adapter("policy", 4, 8)
+    for layer in model.lora_layers():
+        torch.nn.init.normal_(layer.B["policy"].weight, std=0.3)
+    own = {key: p.clone() for key, p in model.named_parameters()}
+    prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
+    ids, attn, _ = common.frame(prompts, [[], []])
+    args.temperature = 1e-6
+    want = common.Decoder(model, ids, attn, "policy").logits
+    with graphs.merged(model, "policy"):
+        close(common.Decoder(model, ids, attn).logits, want, 1e-4)
+        assert (common.Decoder(model, ids, attn, "policy").logits - want).abs().max() > 0.01      # twice
+    active = []
+    with mock.patch.object(common.Decoder, "__init__", autospec=True,
+                           side_effect=lambda self, model, ids, attn, name: active.append(name)):
+        for args.gradient_checkpointing in (False, True):
+            with contextlib.suppress(AttributeError):
+                dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
+    assert active == [None, "policy"]                   # --gradient-checkpointing: memory before speed
+    del args.gradient_checkpointing
+    out = dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
+    plain = dvpo.rollout.__wrapped__.__wrapped__(model, prompts, tok, args, "cpu", "policy")
+    assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))         # greedy: the same tokens
+    for key, p in model.named_parameters():
+        assert torch.equal(p, own[key]), key

@@ -1,4 +1,3 @@
-import argparse
 import contextlib
 import http.server
 import io
@@ -94,9 +93,6 @@ def test_bench_steps():
     part, = bench_main("--methods", "ppo", "lora", "--lengths", "mixed")["steps"].values()
     for method in "ppo", "lora":
         assert part["measured"][method]["tokens"] == bench.mixed(1, 4, 8).sum() < 32
-        sizes = dict(shape="tiny", batch_size=4, prompt=16, new=8)
-        args = argparse.Namespace(**sizes, mini_batch_size=2, grad_accum=2, ppo_epochs=4)
-        assert bench.predict(args, method, part["rate"])["step"] > 0
     with open(path("bench/b.md")) as f:
         assert "| lora |" in f.read()
 
@@ -106,13 +102,39 @@ def test_bench_decode():
     assert bench_main("--decode")["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
 
 
-def test_bench_attention():
-    """Four ways to say one token's attention agree. (The speed of a bare product is not measured here.)"""
-    speed = dict(operations=1e9, decode=1e9, bandwidth=1e9)
-    with mock.patch("tools.bench.machine", return_value=speed):
-        data = bench_main("--attention", "--shape", "llama3-3b")["attention"]
-    ways = data["shapes"]["llama3-3b"]["ways"]
-    assert all(way["off"] < 1e-5 for way in ways.values())
+def test_bytes_per_token():
+    """3B: tied weights once; keys and values of 8 heads of 128 in 28 layers, per row and position."""
+    from tools import bench
+
+    numbers = 3_212_749_824 + 8 * 100 * 2 * 28 * 8 * 128
+    assert bench.bytes_per_token("llama3-3b", 8, 100) == numbers * (2 if bench.CUDA else 4)
+
+
+def test_card():
+    """What --card measures on a CUDA machine, at a tiny size on a CPU: every part, and its report."""
+    from tools import bench, card
+
+    few = [{name: runs[name] for name in ("gvm", "dvpo") if name in runs} for runs in card.TOY]
+    here = os.getcwd()
+    os.chdir(HERE)
+    try:
+        with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",)),
+              contextlib.redirect_stdout(io.StringIO())):
+            found, = card.measure("python tools/bench.py --card", "tiny", prompt=16, new=8).values()
+            lines = "\n".join(card.report({"this": found}))
+    finally:
+        os.chdir(here)
+    assert found["toy"]["dvpo"] == dict(ended=True, steps=2, first_ratio_off=0.0) and found["resumed"]["dvpo"]
+    assert [run["rows"] for run in found["token"]] == [8, 64]
+    step = found["steps"]["tiny"]
+    assert {*step["measured"]} == {"dvpo", "lora", "ppo"}
+    assert [len(longest) for longest in found["kernels"].values()] == [10, 10]
+    run = step["measured"]["dvpo"]                      # 4 epochs of 8 rows of 24 tokens, 6 operations each
+    share = 4 * 8 * 24 * 6 * step["parameters"] / found["rate"]["operations"] / run["sec_train"]
+    assert f"| {share:.2f} |" in lines and "no time was left" not in lines
+    hours = 450 * 8 * run["sec_step"] / 3600            # 64 rollouts are eight times 8
+    assert f"| {hours:.1f} |" in lines
+    assert bench.CUDA or found["machine"] == "CPU"
 
 
 def test_sample():

@@ -5,8 +5,6 @@
     python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] [--no-tau RUN ...] --to FILE.png
         several seeds: mean and band
     python tools/plot.py --heatmap GOOD/show.json BAD/show.json --to FILE.png   two responses to one prompt
-    python tools/plot.py --growth results/bench_cpu.json
-        seconds and bytes of a step against rows, tokens and parameters
 """
 import argparse
 import json
@@ -88,34 +86,6 @@ def heatmap(responses, path):
     print(path)
 
 
-def growth(points, path):
-    """Measured seconds and peak memory, and the counted floor and plan, each against one size at a time."""
-    fig, axes = plt.subplots(2, 3, figsize=(13, 6.5))
-    parameters = {"tiny": 2.9e5, "14M": 1.42e7, "124M": 1.24e8}
-    base = dict(shape="14M", rows=4, new=64)
-    labels = dict(rows="rows per rollout", new="new tokens", shape="parameters")
-    for column, (key, label) in enumerate(labels.items()):
-        fixed = {other: value for other, value in base.items() if other != key}
-        line = [p for p in points if all(p[other] == value for other, value in fixed.items())]
-        line.sort(key=lambda p: parameters.get(p[key], p[key]))
-        x = [parameters.get(p[key], p[key]) for p in line]
-        quantities = ("sec_step", "floor", 1), ("peak", "planned", 2**20)
-        for ax, (measured, counted, unit) in zip(axes[:, column], quantities, strict=True):
-            for method, colour in zip(line[0]["measured"], COLOURS, strict=False):
-                ax.loglog(x, [p["measured"][method][measured] / unit for p in line], "o-", color=colour,
-                          label=method)
-                ax.loglog(x, [p["measured"][method][counted] / unit for p in line], ":", color=colour)
-            ax.set_xticks(x, [f"{n:.2g}" if key == "shape" else n for n in x])
-            ax.xaxis.minorticks_off()
-            ax.grid(alpha=0.3, which="both")
-        axes[0, column].set(title=label, ylabel="seconds per step; dotted: counted floor")
-        axes[1, column].set(ylabel="peak MB; dotted: the plan")
-    axes[0, 0].legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    print(path)
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/tiny", help="folder with the stages' output (default: out/tiny)")
@@ -126,13 +96,9 @@ def main(argv=None):
     p.add_argument("--to", help="file to write (default: OUT/curves.png)")
     p.add_argument("--heatmap", nargs="+", metavar="SHOW.json",
                    help="figure 4 of several responses to one prompt, from train_gvm.py --show; needs --to")
-    p.add_argument("--growth", help="JSON of tools/bench.py --growth; writes bench_growth.png beside it")
     args = p.parse_args(argv)
     if args.to:
         os.makedirs(os.path.dirname(os.path.abspath(args.to)), exist_ok=True)
-    if args.growth:
-        to = os.path.join(os.path.dirname(args.growth), "bench_growth.png")
-        return growth(load(args.growth)["growth"]["points"], to)
     if args.heatmap:
         if not args.to:
             p.error("--heatmap needs --to FILE.png")

@@ -35,7 +35,8 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
     p.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer at most")
     p.add_argument("--temperature", type=float, default=1.0, help="divides the logits; near 0 is greedy")
-    p.add_argument("--static-cache", action="store_true", help="as in dvpo.py")
+    p.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+                   help="as in dvpo.py")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
     if min(args.temperature, args.batch_size, args.max_new_tokens) <= 0:
