@@ -35,7 +35,7 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
-from runtime.graphs import StaticDecoder, merges_adapter, static_decoder
+from runtime.graphs import StaticDecoder, merged, static_decoder
 from runtime.memory import CHUNK, activation_bytes, check_context, context_length, memory_plan, positions
 from runtime.metrics import Metrics, Progress, mean_over_ranks, peak_bytes
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, check_writable

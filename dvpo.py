@@ -44,36 +44,42 @@ def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl")
     flag = p.add_argument
     flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure")
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
-    flag("--gvm", default=f"{d.out}/gvm/model", help="the global value model, from train_gvm.py")
+    flag("--gvm", default=f"{d.out}/gvm/model", help="global value model, from train_gvm.py")
     flag("--gold", default=d.reward,
          help="FILE.py:function(prompt, response) -> float, logged and never trained on")
-    flag("--reward", help=argparse.SUPPRESS)          # its old name
+    flag("--reward", help=argparse.SUPPRESS)                        # the old name of --gold
     flag("--out", default=f"{d.out}/dvpo", help="folder to write")
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
-    flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
-    flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
-    flag("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
-    flag("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
+    flag("--batch-size", type=int, default=d.batch_size,
+         help="rollouts per step and GPU (paper 8)")
+    flag("--mini-batch-size", type=int, default=d.mini_batch_size,
+         help="rows per forward pass of an update (paper 2)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="passes per update (paper 2)")
+    flag("--ppo-epochs", type=int, default=d.ppo_epochs,
+         help="passes over the rollouts of a step (paper 4)")
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     flag("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
          help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
-    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length,
+         help="tokens; the middle of a longer prompt is cut")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens,
+         help="tokens of a response at most (paper 1024)")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
          help="roll out with compiled blocks and CUDA graphs, for speed")
-    flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: those of the GVM)")
+    flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: the GVM's)")
     flag("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
-         help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: what their released code has")
+         help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: as in their released code")
     flag("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
     flag("--kl-target", type=float, default=d.kl_target,
          help="nats per response that the coefficient adapts to; 0: constant")
-    flag("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
+    flag("--kl-stop", type=float, default=0.1,
+         help="a step ends early above 1.5 times this KL per token (paper 0.1)")
     flag("--lora", action="store_true",
-         help="train the policy as an adapter (rank 8, alpha 32) on the trunk: one model in memory")
+         help="train an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     args = common.parse(p, argv)
     if args.reward is not None:
         common.die(f"--reward is --gold now, as it is not trained on: --gold {args.reward}")
@@ -81,44 +87,51 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-@common.merges_adapter
 def rollout(model, prompts, tok, args, device, adapter=None):
-    """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
-    decode = common.Decoder(model, ids, attn, adapter)
-    if args.static_cache:
-        decode = common.static_decoder(decode, args.max_new_tokens)
+    """A sampled response per prompt, until an end token or for --max-new-tokens.
+
+    prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
+    """
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    end_ids = model.end_ids(tok)                                  # (E,)
-    response, mask = [], []
-    for t in range(args.max_new_tokens):
-        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
-        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
-        response.append(token.masked_fill(ended, 0))
-        mask.append(~ended)
-        ended = ended | (token[:, None] == end_ids).any(1)
-        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-            break
-        decode(token)
-    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
-    return *common.append_responses(ids, attn, response, mask), ended
+    end_ids = model.end_ids(tok)                                                # (E,)
+    response = []
+    mask = []
+    with common.merged(model, adapter, args) as adapter_left:
+        decode = common.Decoder(model, ids, attn, adapter_left)
+        if args.static_cache:
+            decode = common.static_decoder(decode, args.max_new_tokens)
+        for t in range(args.max_new_tokens):
+            p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
+            u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
+            token = common.draw(p, u)                                           # (B,)
+            response.append(token.masked_fill(ended, 0))
+            mask.append(~ended)
+            ended = ended | (token[:, None] == end_ids).any(1)
+            # The host waits for the device only here, every 16 tokens
+            if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
+                break
+            decode(token)
+    frame = common.append_responses(ids, attn, torch.stack(response, 1), torch.stack(mask, 1))
+    return *frame, ended
 
 
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
-    """Eq. (3), negated, a mean over the masked tokens: (B, T) each -> scalar, {clip_frac, kl_step, ratio}.
+    """Eq. (3), negated, a mean over the masked tokens: (B, T) each -> scalar, {clip_frac, ...}.
 
     kl_step estimates KL(old, new) per token by (r - 1) - log r, which is never negative.
     """
-    log_ratio = (logp - old_logp).clamp(-20, 20)
-    ratio = log_ratio.exp()
-
     def mean(x):
         return (x * mask).sum() / mask.sum().clamp(min=1)
 
-    loss = mean(-torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv))
+    log_ratio = (logp - old_logp).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    loss = mean(-torch.min(ratio * adv, clipped_ratio * adv))
     with torch.no_grad():
-        clipped = ((ratio - 1).abs() > clip).float()
-        return loss, dict(clip_frac=mean(clipped), kl_step=mean(ratio - 1 - log_ratio), ratio=mean(ratio))
+        was_clipped = ((ratio - 1).abs() > clip).float()
+        kl_step = ratio - 1 - log_ratio
+        return loss, dict(clip_frac=mean(was_clipped), kl_step=mean(kl_step), ratio=mean(ratio))
 
 
 def advantage(q, mask, kind, sigma):
@@ -133,9 +146,10 @@ def advantage(q, mask, kind, sigma):
     if kind == "q":
         mean, std = common.masked_moments(q[:, 1:], mask)
         return (q[:, 1:] - mean) / std.clamp(min=sigma) * mask
-    a = (q[:, 1:] - q[:, :-1]) * mask
-    a[:, 0] -= common.all_sum(a.sum()) / common.all_sum(mask[:, 0].sum())
-    return a / common.masked_moments(a, mask)[1].clamp(min=sigma)
+    change = (q[:, 1:] - q[:, :-1]) * mask
+    change[:, 0] -= common.all_sum(change.sum()) / common.all_sum(mask[:, 0].sum())
+    _, std = common.masked_moments(change, mask)
+    return change / std.clamp(min=sigma)
 
 
 def gae_without_reward(v, mask, lam=0.95):
@@ -145,11 +159,12 @@ def gae_without_reward(v, mask, lam=0.95):
     """
     mean, std = common.masked_moments(v, mask)
     v = (v - mean) / std * mask
-    after = F.pad(v[:, 1:], (0, 1))                               # 0 behind the last token
-    a, adv = torch.zeros_like(v[:, 0]), torch.zeros_like(v)
+    next_v = F.pad(v[:, 1:], (0, 1))                                # 0 behind the last token
+    adv = torch.zeros_like(v)
+    next_adv = torch.zeros_like(v[:, 0])
     for t in reversed(range(v.shape[1])):
-        a = (after[:, t] - v[:, t] + lam * a) * mask[:, t]
-        adv[:, t] = a
+        next_adv = (next_v[:, t] - v[:, t] + lam * next_adv) * mask[:, t]
+        adv[:, t] = next_adv
     return adv
 
 
@@ -162,9 +177,10 @@ def main(argv=None):
     run = common.Run(args, "dvpo", show=("gold", "kl", "q_mean", "ended", "length"))
     device = run.device
 
-    # One frozen trunk is the reference (adapter off) and the global value model (adapter "gvm" on).
+    # One frozen trunk is the reference (adapter off) and the value model (adapter "gvm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
-    gvm = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+    made_by = f"python train_gvm.py --model {args.model}"
+    gvm = common.load_adapter(trunk, tok, args.gvm, made_by)
     tau_pairs = gvm["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
 
     # The policy is a second model, or with --lora another adapter on the trunk.
@@ -177,26 +193,33 @@ def main(argv=None):
         model = common.load_model(args.init_from, args)
         adapter = None
         models = {"policy": model, "frozen": trunk}
+
+    # Stop before any work where memory or positions are too few.
     length = args.max_prompt_length + args.max_new_tokens
-    kv_cache = (args.batch_size, length)                                # rows and length of the rollout
+    kv_cache = (args.batch_size, length)                            # rows and tokens of a rollout
     run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
-    tau_room = common.room_for_tau(gvm, args, tau_pairs)                # tokens
-    policy = run.engine("policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
+    tau_room = common.room_for_tau(gvm, args, tau_pairs)            # tokens
+
+    # DeepSpeed, optimizer, and at ZeRO-3 the shards
+    policy = run.engine(
+        "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
     trunk = policy if args.lora else run.frozen(trunk)
 
     def prompts_of(step):
         """Row numbers and prompt ids of this rank's rollouts in that step."""
         index = run.batch(len(data), args.batch_size, step)
-        return index, [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
+        prompts = [data[i]["prompt"] for i in index]
+        return index, [common.encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
 
     state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
-    kl_before = state.get("kl", 0.0)                                    # of the last step
-    buffer = state.get("buffer")                    # prompts and responses of the last rollouts, for tau
+    kl_before = state.get("kl", 0.0)                                # of the last step
+    buffer = state.get("buffer")                                    # the last rollouts, for tau
 
-    # Tau must not show the answers that it values: the first one comes from rollouts that are not trained on.
+    # Tau must not show the answers that it values. Before the first step it comes from a rollout that
+    # is not trained on, of the prompts that would follow the last step.
     if buffer is None and tau_pairs and not args.dry_run:
-        _, prompts = prompts_of(args.max_steps)                         # the step that would follow the last
+        _, prompts = prompts_of(args.max_steps)
         policy.eval()
         ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device, adapter)
         buffer = (prompts, common.unpad(ids, mask))
@@ -207,7 +230,8 @@ def main(argv=None):
         # 1. Rollout: a sampled response per prompt
         with run.phase("generate"):
             policy.eval()
-            ids, attn, mask, ended = rollout(run.actor(model), prompts, tok, args, device, adapter)
+            rolled_out = rollout(run.actor(model), prompts, tok, args, device, adapter)
+        ids, attn, mask, ended = rolled_out
         T = mask.shape[1]
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
@@ -215,33 +239,35 @@ def main(argv=None):
             return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
-            # 2. Log-probs of policy and reference, in the micro-batches of the update, so that the first
-            #    ratio is exactly 1. Rows of one update are sorted by length: less padding.
+            # 2. Log-probs of policy and reference. The micro-batches are those of the update, so that
+            #    the first ratio is exactly 1; rows of one update are sorted by length: less padding.
             rows_per_update = args.mini_batch_size * args.grad_accum
             order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
-            rows = (ids, attn, T, order, args.mini_batch_size)
-            old_logp = common.forward_in_micro_batches(
-                policy, *rows, adapter=adapter, temperature=args.temperature)           # (B, T)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=args.temperature)
+            frame = (ids, attn, T, order, args.mini_batch_size)
+            sampling = dict(temperature=args.temperature)
+            old_logp = common.forward_in_micro_batches(policy, *frame, adapter=adapter, **sampling)
+            ref_logp = common.forward_in_micro_batches(trunk, *frame, **sampling)       # (B, T)
 
-            # 3. Value of every token, given tau: some of the policy's own latest answers. One tau serves all
-            #    rows of this rank and is read once; its pairs are drawn by a seed of their own.
+            # 3. Value of every token, given tau: some of the policy's own latest answers. One tau
+            #    serves all rows of this rank, and is read once.
             rng = np.random.default_rng([args.seed, step, run.rank])
-            tau, tau_shown = common.draw_tau(tok, buffer, tau_pairs, tau_room, gvm["tau_length"], rng)
+            tau, tau_shown = common.draw_tau(
+                tok, buffer, tau_pairs, tau_room, gvm["tau_length"], rng)
             cache = common.read_prefix(trunk, tau, "gvm", "gvm", device)
             behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]        # one bos
-            if cache:                                                   # which holds tau already
+            if cache:                                               # it holds tau already
                 behind_tau = [p[len(tau):] for p in behind_tau]
             gvm_ids, gvm_attn, _ = common.frame(behind_tau, responses, device)
-            rows = (gvm_ids, gvm_attn, T, order, args.mini_batch_size)
-            q = common.forward_in_micro_batches(trunk, *rows, cache, adapter="gvm", head="gvm")  # (B, T+1)
+            frame = (gvm_ids, gvm_attn, T, order, args.mini_batch_size)
+            q = common.forward_in_micro_batches(
+                trunk, *frame, cache, adapter="gvm", head="gvm")                        # (B, T+1)
             buffer = (prompts, responses)
-            del cache                                                   # frees memory for the update
+            del cache                                               # frees memory for the update
 
         # 4. Advantage: what the token did to the value, less its own share of the KL to the reference
-        log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
-        adv = advantage(q, mask, args.advantage, gvm["q_std"]) - kl_coef * log_ratio_ref        # (B, T)
-        kl = (log_ratio_ref * mask).sum(1).mean()                       # nats per response
+        log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)                            # (B, T)
+        adv = advantage(q, mask, args.advantage, gvm["q_std"]) - kl_coef * log_ratio_ref
+        kl = (log_ratio_ref * mask).sum(1).mean()                   # nats per response
 
         # 5. Update: a few passes of clipped PPO over the rollouts, eq. (3)
         with run.phase("train"):
@@ -254,40 +280,44 @@ def main(argv=None):
                 if epoch > 0:
                     shuffled = torch.randperm(args.batch_size)
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
-                first_of_epoch = len(stats)
+                epoch_begin = len(stats)
                 for group in order.split(rows_per_update):
                     n_tokens = common.all_sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
-                        logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
-                        loss, stat = clipped_ppo_loss(logp, old_logp[m], adv[m], mask[m], args.clip)
-                        # A mean over the tokens of the whole update. DeepSpeed divides by passes and ranks.
+                        logp = policy(ids[m], attn[m], T, adapter, **sampling)
+                        loss, stat = clipped_ppo_loss(
+                            logp, old_logp[m], adv[m], mask[m], args.clip)
+                        # A mean over all tokens of the update. DeepSpeed divides by passes and ranks.
                         share = mask[m].sum() / n_tokens
                         policy.backward(loss * share * run.world * args.grad_accum)
                         policy.step()
                         stats.append(dict(stat, loss=loss.detach(), n=mask[m].sum()))
                     updates += 1
                 # Early stop: this epoch moved the policy too far from the one that sampled
-                if common.token_mean(stats[first_of_epoch:], "kl_step") > 1.5 * args.kl_stop:
+                if common.token_mean(stats[epoch_begin:], "kl_step") > 1.5 * args.kl_stop:
                     break
 
         # 6. Log, save, adapt the KL coefficient
         row = {key: common.token_mean(stats, key) for key in ("loss", "clip_frac", "kl_step")}
         if gold:
-            row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
+            answers = zip(index, texts, strict=True)
+            row["gold"] = np.mean([gold(data[i]["prompt"], text) for i, text in answers])
         q_mean, q_std = common.masked_moments(q[:, 1:], mask)
         _, adv_std = common.masked_moments(adv, mask)
         minus_entropy, _ = common.masked_moments(old_logp, mask)
         row = run.log(
-            **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(), adv_std=adv_std,
-            ratio_first=stats[0]["ratio"], updates=updates, entropy=-minus_entropy,
-            ended=ended.float().mean(), length=mask.sum(1).float().mean(),
-            tokens=common.all_sum(mask.sum()), tau_pairs=tau_shown, tau_tokens=len(tau))
+            **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(),
+            adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates,
+            entropy=-minus_entropy, ended=ended.float().mean(),
+            length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()),
+            tau_pairs=tau_shown, tau_tokens=len(tau))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
         if run.saves_model():
             run.save_model(model, tok, adapter)
 
+    # Save, and measure on fresh answers to held-out prompts
     run.save_model(model, tok, adapter)
     common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
 

@@ -28,32 +28,25 @@ def say(line):
 
 
 @contextlib.contextmanager
-def merged(model, adapter):
-    """Inside, the adapter is part of the weights, as in a saved model; afterwards they have their own bits.
+def merged(model, adapter, args):
+    """Inside, the adapter is part of the weights, so that a token costs what it does without one.
 
-    For a rollout: a token costs what it does without an adapter, and the copy lies where activations will.
+    Yields the name of the adapter that is left to switch on: None once it is merged. Afterwards the weights
+    have their own bits again. With --gradient-checkpointing, which saves memory, nothing is merged.
     """
-    layers, kept = model.lora_layers(), []
+    if adapter is None or getattr(args, "gradient_checkpointing", False):
+        yield adapter
+        return
+    kept = []                                           # lies where activations will
     try:
-        for weight, layer in ((layer.base.weight.detach(), layer) for layer in layers):
+        for layer in model.lora_layers():
+            weight = layer.base.weight.detach()
             kept.append((weight, weight.clone()))
             weight.copy_(weight.float() + layer.delta(adapter).detach())
-        yield
+        yield None
     finally:
         for weight, own in kept:
             weight.copy_(own)
-
-
-def merges_adapter(rollout):
-    """A rollout that decodes with its adapter merged, unless --gradient-checkpointing asks to save memory."""
-    @functools.wraps(rollout)
-    def run(model, prompts, tok, args, device, adapter=None, **more):
-        if adapter is None or getattr(args, "gradient_checkpointing", False):
-            return rollout(model, prompts, tok, args, device, adapter, **more)
-        with merged(model, adapter):
-            return rollout(model, prompts, tok, args, device, **more)
-
-    return run
 
 
 class Layer(StaticLayer):
