@@ -132,6 +132,16 @@ def test_a_file_is_read_or_refused_in_one_line(seed):
     assert min(read, refused) > 50, (read, refused)
 
 
+def test_what_random_rows_found():
+    """A pair with a reward of its own is a pair; an answer of nothing, cut, is left out."""
+    pair = dict(prompt="a", chosen="b", rejected="c", reward=7)
+    toy.write_jsonl(path("fuzz.jsonl"), [pair, dict(pair, rejected=" ", rejected_ended=False)])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        rows = train_gvm.Labelled([path("fuzz.jsonl")])
+    assert [(row["response"], row["reward"]) for row in rows] == [("b", 1.0), ("c", -1.0)]
+    assert "left out 1 with an empty answer that was cut" in said.getvalue()
+
+
 # Templates
 
 
