@@ -10,6 +10,7 @@ retell the methods.
 import itertools
 import json
 import os
+import runpy
 import types
 from unittest import mock
 
@@ -244,7 +245,7 @@ def policy_loss(policy, batch, prompts, answers, old, adv):
 
 
 def next_kl_coef(kl_coef, kl, kl_before):
-    """Up to a tenth up where the KL, five steps on at its present speed, is over the target."""
+    """Higher where the KL, five steps on at its present speed, is over the target: by up to 10 %."""
     error = (kl + 5 * (kl - kl_before)) / RL.kl_target - 1
     return kl_coef * (1 + 0.1 * max(-1, min(1, error)))
 
@@ -492,7 +493,7 @@ def test_ppo(source):
     reward = None
     flags = dict(rm=path("ref/rm"))
     if source == "function":
-        reward = common.load_function(path("ref/reward.py:reward"))
+        reward = runpy.run_path(path("ref/reward.py"))["reward"]
         flags = dict(reward=path("ref/reward.py:reward"))
     critics = []
     real = runtime.run.engine
