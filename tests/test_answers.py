@@ -175,7 +175,8 @@ def test_a_long_prompt_does_not_take_tau_from_the_others():
     ids, pairs = common.draw_tau(tok, buffer, 3, 20, 10, rng)
     assert pairs == 2                                   # the third does not fit
     ids, pairs = common.draw_tau(tok, list(zip(long, strict=False)), 2, 20, 10, rng)
-    assert pairs == 1 and ids == [9] * 10 + [8] * 10    # the end of its prompt, its answer cut to tau_length
+    # The beginning and the end of its prompt, its answer cut to tau_length
+    assert pairs == 1 and ids == [1] + [9] * 9 + [8] * 10
 
 
 def test_tau_of_the_first_step_is_not_what_is_valued(monkeypatch):

@@ -191,7 +191,9 @@ def rows_of(step, n):
 
 
 def prompts_of(step):
-    return [prompt_ids(PROMPTS[i])[-RL.max_prompt_length:] for i in rows_of(step, len(PROMPTS))]
+    """Of a prompt that is too long <bos> <user> and the end are left."""
+    prompts = [prompt_ids(PROMPTS[i]) for i in rows_of(step, len(PROMPTS))]
+    return [ids[:2] + ids[2:][-(RL.max_prompt_length - 2):] for ids in prompts]
 
 
 class AdamW:

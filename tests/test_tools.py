@@ -146,7 +146,7 @@ def test_sample():
         sample.main(["--policy", path("sft/model"), "--prompts", prompts, "--to", answers])
     with open(answers) as f:
         out = json.load(f)
-    assert len(out) == 30 and set(out[0]) == {"instruction", "output", "generator"}
+    assert len(out) == 30 and set(out[0]) == {"instruction", "output", "generator", "ended"}
     gold = [toy.gold_reward(row["instruction"], row["output"]) for row in out]
     assert np.mean(gold) > -0.5                         # answers, not noise
     talk = subprocess.run([sys.executable, "tools/sample.py", "--policy", path("sft/model")], cwd=HERE,
