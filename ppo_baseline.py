@@ -38,103 +38,120 @@ import torch.nn.functional as F
 
 import common
 
-RM_FLAGS = ("pairs", "rm_lr", "rm_batch_size", "rm_epochs", "rm_max_steps", "max_length", "lora_rank",
-            "lora_alpha", "lora_dropout")
+RM_FLAGS = ("pairs", "rm_lr", "rm_batch_size", "rm_epochs", "rm_max_steps", "max_length",
+            "lora_rank", "lora_alpha", "lora_dropout")
 
 
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rm", "rl")
     flag = p.add_argument
     flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
-    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure on")
+    flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure")
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
     flag("--rm", default=f"{d.out}/rm/model", help="reward model; trained first if not there")
     flag("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
-    flag("--critic-from", choices=("rm", "gvm"), default="rm", help="what the critic starts from")
+    flag("--critic-from", choices=("rm", "gvm"), default="rm", help="the critic starts from it")
     flag("--freeze-critic", action="store_true", help="leave the critic as it starts")
     flag("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
     flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
     flag("--out", default=f"{d.out}/ppo", help="folder to write")
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
-    flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU (paper 8)")
-    flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass (paper 2)")
-    flag("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update (paper 2)")
-    flag("--ppo-epochs", type=int, default=d.ppo_epochs, help="passes over the rollouts (paper 4)")
+    flag("--batch-size", type=int, default=d.batch_size,
+         help="rollouts per step and GPU (paper 8)")
+    flag("--mini-batch-size", type=int, default=d.mini_batch_size,
+         help="rows per forward pass of an update (paper 2)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="passes per update (paper 2)")
+    flag("--ppo-epochs", type=int, default=d.ppo_epochs,
+         help="passes over the rollouts of a step (paper 4)")
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     flag("--critic-lr", type=float, default=d.critic_lr, help="of the critic (paper 2e-6)")
     flag("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
          help="linear decay to 0: the last update cannot break the policy (paper: not given)")
-    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
-    flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response (paper 1024)")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length,
+         help="tokens; the middle of a longer prompt is cut")
+    flag("--max-new-tokens", type=int, default=d.max_new_tokens,
+         help="tokens of a response at most (paper 1024)")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
          help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--gamma", type=float, default=1.0, help="discount per token")
     flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
-    flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
-    flag("--clip", type=float, default=0.2, help="eps, also of the value clip (paper: not given)")
+    flag("--missing-eos-penalty", type=float, default=1.0, help="for an answer that is cut")
+    flag("--clip", type=float, default=0.2,
+         help="eps of eq. (3) and of the value clip (paper: not given)")
     flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
     flag("--kl-target", type=float, default=d.kl_target,
          help="nats per response that the coefficient adapts to; 0: constant")
-    flag("--kl-stop", type=float, default=0.1, help="KL per token that ends a step (paper 0.1)")
+    flag("--kl-stop", type=float, default=0.1,
+         help="a step ends early above 1.5 times this KL per token (paper 0.1)")
     rm_flag = p.add_argument_group("reward model").add_argument
     rm_flag("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
-    rm_flag("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure on")
+    rm_flag("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure")
     rm_flag("--rm-only", action="store_true", help="train the reward model, then end")
     rm_flag("--rm-lr", type=float, default=d.rm_lr, help="peak learning rate (paper 2e-5)")
     rm_flag("--rm-batch-size", type=int, default=d.rm_batch_size, help="pairs per step (paper 4)")
-    rm_flag("--rm-epochs", type=float, default=d.rm_epochs, help="passes over the pairs (paper 2)")
+    rm_flag("--rm-epochs", type=float, default=d.rm_epochs, help="passes over pairs (paper 2)")
     rm_flag("--rm-max-steps", type=int, help="stop after so many steps, whatever --rm-epochs says")
     rm_flag("--max-length", type=int, default=d.max_length, help="tokens of prompt + response")
     rm_flag("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     rm_flag("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
-    rm_flag("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
+    rm_flag("--lora-dropout", type=float, default=d.lora_dropout, help="of the adapter (paper 0.1)")
     args = common.parse(p, argv)
-    # What was asked for of the reward model: one that is there already must have been trained so.
-    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
     args.pairs = [os.path.normpath(path) for path in args.pairs]
-    args.rm_asked = {key: getattr(args, key) for key in RM_FLAGS if f"--{key.replace('_', '-')}" in words}
+
+    # What was asked for of the reward model: one that is there must have been trained so.
+    words = sys.argv[1:] if argv is None else argv
+    named = [word.partition("=")[0][2:].replace("-", "_") for word in words]
+    args.rm_asked = {key: getattr(args, key) for key in RM_FLAGS if key in named}
     return args
 
 
 @torch.no_grad()
 def rollout(model, prompts, tok, args, device, adapter=None):
-    """A sampled response per prompt: lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,)."""
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
-    decode = common.Decoder(model, ids, attn, adapter)
-    if args.static_cache:
-        decode = common.static_decoder(decode, args.max_new_tokens)
+    """A sampled response per prompt, until an end token or for --max-new-tokens.
+
+    prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
+    """
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    end_ids = model.end_ids(tok)                                  # (E,)
-    response, mask = [], []
-    for t in range(args.max_new_tokens):
-        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
-        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
-        response.append(token.masked_fill(ended, 0))
-        mask.append(~ended)
-        ended = ended | (token[:, None] == end_ids).any(1)
-        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-            break
-        decode(token)
-    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
-    return *common.append_responses(ids, attn, response, mask), ended
+    end_ids = model.end_ids(tok)                                                # (E,)
+    response = []
+    mask = []
+    with common.merged(model, adapter, args) as adapter_left:
+        decode = common.Decoder(model, ids, attn, adapter_left)
+        if args.static_cache:
+            decode = common.static_decoder(decode, args.max_new_tokens)
+        for t in range(args.max_new_tokens):
+            p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
+            u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
+            token = common.draw(p, u)                                           # (B,)
+            response.append(token.masked_fill(ended, 0))
+            mask.append(~ended)
+            ended = ended | (token[:, None] == end_ids).any(1)
+            # The host waits for the device only here, every 16 tokens
+            if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
+                break
+            decode(token)
+    frame = common.append_responses(ids, attn, torch.stack(response, 1), torch.stack(mask, 1))
+    return *frame, ended
 
 
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
-    """Eq. (3), negated, a mean over the masked tokens: (B, T) each -> scalar, {clip_frac, kl_step, ratio}.
+    """Eq. (3), negated, a mean over the masked tokens: (B, T) each -> scalar, {clip_frac, ...}.
 
     kl_step estimates KL(old, new) per token by (r - 1) - log r, which is never negative.
     """
-    log_ratio = (logp - old_logp).clamp(-20, 20)
-    ratio = log_ratio.exp()
-
     def mean(x):
         return (x * mask).sum() / mask.sum().clamp(min=1)
 
-    loss = mean(-torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv))
+    log_ratio = (logp - old_logp).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    loss = mean(-torch.min(ratio * adv, clipped_ratio * adv))
     with torch.no_grad():
-        clipped = ((ratio - 1).abs() > clip).float()
-        return loss, dict(clip_frac=mean(clipped), kl_step=mean(ratio - 1 - log_ratio), ratio=mean(ratio))
+        was_clipped = ((ratio - 1).abs() > clip).float()
+        kl_step = ratio - 1 - log_ratio
+        return loss, dict(clip_frac=mean(was_clipped), kl_step=mean(kl_step), ratio=mean(ratio))
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -142,7 +159,9 @@ def gae(rewards, values, mask, gamma, lam):
 
     values[t] = V(s_t), before a_t; the value after the last masked token is 0. Both are 0 outside the mask.
     """
-    values, adv, next_adv = values * mask, torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    values = values * mask
+    adv = torch.zeros_like(rewards)
+    next_adv = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -165,7 +184,8 @@ def pairwise_loss(chosen, rejected):
 
 def scores(model, ids, attn, mask):
     """The reward model's head at the last token of each response: (B,)."""
-    return model(ids, attn, mask.shape[1], "rm", head="rm").gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+    every_state = model(ids, attn, mask.shape[1], "rm", head="rm")      # (B, T+1)
+    return every_state.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
 
 def train_reward_model(args, tok):
@@ -184,12 +204,13 @@ def train_reward_model(args, tok):
 
     def frame(pairs):
         """2 B rows: the chosen answers, then the rejected."""
-        sides = [common.one_side(pair, side) for side in ("chosen", "rejected") for pair in pairs]
-        sequences = [common.pack(tok, row, [], args.max_length, 0) for row in sides]
+        rows = [common.one_side(pair, "chosen") for pair in pairs]
+        rows += [common.one_side(pair, "rejected") for pair in pairs]
+        sequences = [common.pack(tok, row, [], args.max_length, 0) for row in rows]
         return common.packed_frame(sequences, run.device)
 
     state = run.resume()
-    seen = [x.to(run.device) for x in state.get("seen", [])]            # scores of the last 100 batches
+    seen = [x.to(run.device) for x in state.get("seen", [])]        # scores, last 100 batches
     if args.dry_run:
         return common.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
     engine.train()
@@ -218,7 +239,7 @@ def train_reward_model(args, tok):
 
     seen = torch.cat(seen)
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
-    std = std.clamp(min=0.1)                                            # after few steps all scores are 0
+    std = std.clamp(min=0.1)                                        # after few steps scores are 0
     about = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
     about |= dict(mean=mean.item(), std=std.item(), accuracy=accuracy.item())
     common.save_adapter(model, "rm", tok, args.rm, **about)
@@ -229,8 +250,9 @@ def check_reward_model(args, meta):
     """Refuse flags of the reward model's training that the one in --rm was not trained with."""
     for key, asked in args.rm_asked.items():
         if meta.get(key, asked) != asked:
-            common.die(f"--{key.replace('_', '-')} {asked}: the reward model in {args.rm} was trained with "
-                       f"{meta[key]}; name another --rm, or remove that one to train it anew")
+            flag = f"--{key.replace('_', '-')}"
+            common.die(f"{flag} {asked}: the reward model in {args.rm} was trained with {meta[key]}; "
+                       "name another --rm, or remove that one to train it anew")
 
 
 @torch.no_grad()
@@ -260,50 +282,60 @@ def main(argv=None):
     # One frozen trunk is the reference (adapter off) and the reward model (adapter "rm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
     if reward is None:
-        rm = common.load_adapter(trunk, tok, args.rm, f"rm -r {args.rm}; python ppo_baseline.py")
+        made_by = f"rm -r {args.rm}; python ppo_baseline.py"
+        rm = common.load_adapter(trunk, tok, args.rm, made_by)
         check_reward_model(args, rm)
 
-    # The policy is a second model, the critic a third.
+    # The policy is a second model, the critic a third. It starts in units of standardised rewards.
     model = common.load_model(args.init_from, args)
     critic_model = common.load_model(args.init_from, args, trainable=not args.freeze_critic)
     length = args.max_prompt_length + args.max_new_tokens
     critic_length = length
-    if args.critic_from == "gvm":                                       # in units of the rewards of this run
-        gvm = common.load_adapter(trunk, tok, args.gvm, made_by=f"python train_gvm.py --model {args.model}")
+    if args.critic_from == "gvm":
+        made_by = f"python train_gvm.py --model {args.model}"
+        gvm = common.load_adapter(trunk, tok, args.gvm, made_by)
         if "reward_mean" not in gvm:
             common.die(f"--gvm {args.gvm}: does not say what its rewards were; train it again")
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
-        critic_length = gvm["max_length"]
         start_critic(critic_model, trunk, "gvm", *unit)
+        critic_length = gvm["max_length"]
     elif reward is None:
         start_critic(critic_model, trunk, "rm", rm["mean"], rm["std"])
     else:
         critic_model.add_head("critic")
     models = {"policy": model, "critic": critic_model, "frozen": trunk}
-    kv_cache = (args.batch_size, length)                                # rows and length of the rollout
-    run.plan_memory(models, args.mini_batch_size, critic_length, args.max_new_tokens, kv_cache)
+
+    # Stop before any work where memory or positions are too few.
+    kv_cache = (args.batch_size, length)                            # rows and tokens of a rollout
+    run.plan_memory(
+        models, args.mini_batch_size, critic_length, args.max_new_tokens, kv_cache)
     if args.critic_from == "gvm":
         tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])     # tokens
-    policy = run.engine("policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
+
+    # DeepSpeed, optimizers, and at ZeRO-3 the shards
+    passes = (args.mini_batch_size, args.grad_accum)
+    policy = run.engine("policy", model, args.lr, *passes, decodes=True)
     if args.freeze_critic:
         critic = run.frozen(critic_model)
     else:
-        critic = run.engine("critic", critic_model, args.critic_lr, args.mini_batch_size, args.grad_accum)
+        critic = run.engine("critic", critic_model, args.critic_lr, *passes)
     trunk = run.frozen(trunk)
 
     def prompts_of(step):
         """Row numbers and prompt ids of this rank's rollouts in that step."""
         index = run.batch(len(data), args.batch_size, step)
-        return index, [common.encode_prompt(tok, data[i]["prompt"], args.max_prompt_length) for i in index]
+        prompts = [data[i]["prompt"] for i in index]
+        return index, [common.encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
 
     state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
-    kl_before = state.get("kl", 0.0)                                    # of the last step
-    buffer = state.get("buffer")                    # prompts and responses of the last rollouts, for tau
+    kl_before = state.get("kl", 0.0)                                # of the last step
+    buffer = state.get("buffer")                                    # the last rollouts, for tau
 
-    # As in dvpo.py, where the critic is a GVM: the first tau comes from rollouts that are not trained on.
+    # A critic from the GVM reads a tau, as in dvpo.py: before the first step of a rollout that is not
+    # trained on.
     if buffer is None and args.critic_from == "gvm" and not args.dry_run:
-        _, prompts = prompts_of(args.max_steps)                         # the step that would follow the last
+        _, prompts = prompts_of(args.max_steps)
         policy.eval()
         ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device)
         buffer = (prompts, common.unpad(ids, mask))
@@ -315,7 +347,8 @@ def main(argv=None):
         with run.phase("generate"):
             policy.eval()
             critic.eval()
-            ids, attn, mask, ended = rollout(run.actor(model), prompts, tok, args, device)
+            rolled_out = rollout(run.actor(model), prompts, tok, args, device)
+        ids, attn, mask, ended = rolled_out
         T = mask.shape[1]
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
@@ -323,100 +356,110 @@ def main(argv=None):
             return common.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
-            # 2. Log-probs of policy and reference, in the micro-batches of the update, so that the first
-            #    ratio is exactly 1. Rows of one update are sorted by length: less padding.
+            # 2. Log-probs of policy and reference. The micro-batches are those of the update, so that
+            #    the first ratio is exactly 1; rows of one update are sorted by length: less padding.
             rows_per_update = args.mini_batch_size * args.grad_accum
             order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
-            rows = (ids, attn, T, order, args.mini_batch_size)
-            old_logp = common.forward_in_micro_batches(policy, *rows, temperature=args.temperature)
-            ref_logp = common.forward_in_micro_batches(trunk, *rows, temperature=args.temperature)
+            frame = (ids, attn, T, order, args.mini_batch_size)
+            sampling = dict(temperature=args.temperature)
+            old_logp = common.forward_in_micro_batches(policy, *frame, **sampling)      # (B, T)
+            ref_logp = common.forward_in_micro_batches(trunk, *frame, **sampling)       # (B, T)
 
             # 3. Value of the critic before each token, and the reward of the whole response
             seen_by_critic = (ids, attn)
             if args.critic_from == "gvm":
                 rng = np.random.default_rng([args.seed, step, run.rank])
-                tau, _ = common.draw_tau(tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
-                behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]
+                tau, _ = common.draw_tau(
+                    tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
+                behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]    # one bos
                 seen_by_critic = common.frame(behind_tau, responses, device)[:2]
                 buffer = (prompts, responses)
-            critic_rows = (*seen_by_critic, T, order, args.mini_batch_size)
-            values = common.forward_in_micro_batches(critic, *critic_rows, head="critic")       # (B, T+1)
-            values = values[:, :-1]                                                             # (B, T)
+            critic_frame = (*seen_by_critic, T, order, args.mini_batch_size)
+            values = common.forward_in_micro_batches(critic, *critic_frame, head="critic")
+            values = values[:, :-1]                                                     # (B, T)
             if reward:
-                score = [reward(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)]
-                score = torch.tensor(score, device=device)                                      # (B,)
+                answers = zip(index, texts, strict=True)
+                score = [reward(data[i]["prompt"], text) for i, text in answers]
+                score = torch.tensor(score, device=device)                              # (B,)
             else:
-                score = common.forward_in_micro_batches(trunk, *rows, adapter="rm", head="rm")
-                score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)                   # (B,)
+                score = common.forward_in_micro_batches(trunk, *frame, adapter="rm", head="rm")
+                score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)           # (B,)
                 score = (score - rm["mean"]) / rm["std"]
 
         # 4. Advantage: GAE of the KL penalties and, at the last token, the reward
-        log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)
-        rewards = -kl_coef * log_ratio_ref * mask                                               # (B, T)
+        log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)                            # (B, T)
+        rewards = -kl_coef * log_ratio_ref * mask
         last = mask.sum(1) - 1
-        rewards[torch.arange(args.batch_size), last] += score - args.missing_eos_penalty * ~ended
+        score_with_penalty = score - args.missing_eos_penalty * ~ended
+        rewards[torch.arange(args.batch_size), last] += score_with_penalty
         adv, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
         mean, std = common.masked_moments(adv, mask)
         adv = (adv - mean) / (std + 1e-8) * mask
-        kl = (log_ratio_ref * mask).sum(1).mean()                       # nats per response
+        kl = (log_ratio_ref * mask).sum(1).mean()                   # nats per response
 
         # 5. Update: a few passes of clipped PPO over the rollouts, eq. (3), and of the critic
         with run.phase("train"):
             policy.train()
             critic.train(not args.freeze_critic)
             if args.lr_decay:
-                run.set_lr(policy, args.lr * (1 - step / args.max_steps))
+                left = 1 - step / args.max_steps
+                run.set_lr(policy, args.lr * left)
                 if not args.freeze_critic:
-                    run.set_lr(critic, args.critic_lr * (1 - step / args.max_steps))
+                    run.set_lr(critic, args.critic_lr * left)
             stats = []
             updates = 0
             for epoch in range(args.ppo_epochs):
                 if epoch > 0:
                     shuffled = torch.randperm(args.batch_size)
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
-                first_of_epoch = len(stats)
+                epoch_begin = len(stats)
                 for group in order.split(rows_per_update):
                     n_tokens = common.all_sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
-                        logp = policy(ids[m], attn[m], T, temperature=args.temperature)
-                        loss, stat = clipped_ppo_loss(logp, old_logp[m], adv[m], mask[m], args.clip)
-                        # A mean over the tokens of the whole update. DeepSpeed divides by passes and ranks.
+                        logp = policy(ids[m], attn[m], T, **sampling)
+                        loss, stat = clipped_ppo_loss(
+                            logp, old_logp[m], adv[m], mask[m], args.clip)
+                        # A mean over all tokens of the update. DeepSpeed divides by passes and ranks.
                         share = mask[m].sum() / n_tokens
                         scale = run.world * args.grad_accum
                         policy.backward(loss * share * scale)
                         policy.step()
-                        if args.freeze_critic:
-                            v_loss = value_loss(values[m], values[m], returns[m], mask[m], args.clip)
-                        else:
-                            v = critic(*(x[m] for x in seen_by_critic), T, head="critic")[:, :-1]
-                            v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
+                        v = values[m]
+                        if not args.freeze_critic:
+                            v = critic(*(x[m] for x in seen_by_critic), T, head="critic")
+                            v = v[:, :-1]
+                        v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
+                        if not args.freeze_critic:
                             critic.backward(v_loss * share * scale)
                             critic.step()
-                        losses = dict(loss=loss.detach(), value_loss=v_loss.detach())
-                        stats.append(dict(stat, **losses, n=mask[m].sum()))
+                        stat |= dict(loss=loss.detach(), value_loss=v_loss.detach())
+                        stats.append(dict(stat, n=mask[m].sum()))
                     updates += 1
                 # Early stop: this epoch moved the policy too far from the one that sampled
-                if common.token_mean(stats[first_of_epoch:], "kl_step") > 1.5 * args.kl_stop:
+                if common.token_mean(stats[epoch_begin:], "kl_step") > 1.5 * args.kl_stop:
                     break
 
         # 6. Log, save, adapt the KL coefficient
-        row = {key: common.token_mean(stats, key) for key in ("loss", "value_loss", "clip_frac", "kl_step")}
+        keys = ("loss", "value_loss", "clip_frac", "kl_step")
+        row = {key: common.token_mean(stats, key) for key in keys}
         if gold:
-            row["gold"] = np.mean([gold(data[i]["prompt"], t) for i, t in zip(index, texts, strict=True)])
+            answers = zip(index, texts, strict=True)
+            row["gold"] = np.mean([gold(data[i]["prompt"], text) for i, text in answers])
         q_mean, q_std = common.masked_moments(values, mask)
         _, adv_std = common.masked_moments(adv, mask)
         minus_entropy, _ = common.masked_moments(old_logp, mask)
         row = run.log(
             **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
             adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
-            entropy=-minus_entropy, ended=ended.float().mean(), length=mask.sum(1).float().mean(),
-            tokens=common.all_sum(mask.sum()))
+            entropy=-minus_entropy, ended=ended.float().mean(),
+            length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
         if run.saves_model():
             run.save_model(model, tok)
 
+    # Save, and measure on fresh answers to held-out prompts
     run.save_model(model, tok)
     common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold)
 

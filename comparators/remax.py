@@ -59,27 +59,28 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-@common.merges_adapter
 def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
-    """A response per prompt, the last `greedy` ones without sampling: lists of ids -> as in dvpo.py."""
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)      # (B, P)
-    decode = common.Decoder(model, ids, attn, adapter)
+    """A response per prompt, the last `greedy` ones without sampling: else as in dvpo.py."""
+    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    end_ids = model.end_ids(tok)                                  # (E,)
-    response, mask = [], []
+    end_ids = model.end_ids(tok)                                                # (E,)
     is_greedy = torch.arange(len(prompts), device=device) >= len(prompts) - greedy
-    for t in range(args.max_new_tokens):
-        p = (decode.logits / args.temperature).softmax(-1)                                     # (B, V)
-        token = common.draw(p, torch.rand(len(p), 1, dtype=torch.float64, device=device))      # (B,), no sync
-        token = torch.where(is_greedy, decode.logits.argmax(-1), token)
-        response.append(token.masked_fill(ended, 0))
-        mask.append(~ended)
-        ended = ended | (token[:, None] == end_ids).any(1)
-        if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-            break
-        decode(token)
-    response, mask = torch.stack(response, 1), torch.stack(mask, 1)
-    return *common.append_responses(ids, attn, response, mask), ended
+    response = []
+    mask = []
+    with common.merged(model, adapter, args) as adapter_left:
+        decode = common.Decoder(model, ids, attn, adapter_left)
+        for t in range(args.max_new_tokens):
+            p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
+            u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
+            token = torch.where(is_greedy, decode.logits.argmax(-1), common.draw(p, u))
+            response.append(token.masked_fill(ended, 0))
+            mask.append(~ended)
+            ended = ended | (token[:, None] == end_ids).any(1)
+            if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
+                break
+            decode(token)
+    frame = common.append_responses(ids, attn, torch.stack(response, 1), torch.stack(mask, 1))
+    return *frame, ended
 
 
 def remax_advantage(score, greedy_score, logp, ref_logp, kl_coef):
