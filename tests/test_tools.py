@@ -118,7 +118,8 @@ def test_card():
     here = os.getcwd()
     os.chdir(HERE)
     try:
-        with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",)),
+        with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",),
+                                  LIMIT=float("inf")),
               contextlib.redirect_stdout(io.StringIO())):
             found, = card.measure("python tools/bench.py --card", "tiny", prompt=16, new=8).values()
             lines = "\n".join(card.report({"this": found}))

@@ -173,10 +173,10 @@ def measure(command, shape="llama3-3b", prompt=256, new=1024):
     methods = ["dvpo", "lora"]
     if not bench.CUDA or torch.cuda.mem_get_info()[0] > 130 * GIB:
         methods.append("ppo")
-    make = f"from tools import bench; bench.make({shape!r}, {prompt})"
+    card["rate"] = bench.machine(shape)
+    make = f"from tools import bench; bench.make({shape!r}, {prompt}, {new})"
     making = subprocess.Popen([sys.executable, "-c", make])             # writes the models beside the toy
-    parts = {"toy": lambda: card.update(toy()),
-             "rate": lambda: making.wait() or card.update(rate=bench.machine(shape)),
+    parts = {"toy": lambda: card.update(toy()) or making.wait(),
              "token": lambda: card.update(token=token(shape, prompt, min(new, 128))),
              "kernels": lambda: card.update(kernels=kernels(shape, prompt, new)),
              "steps": lambda: card.update(steps={shape: steps(shape, methods, prompt, new)})}
