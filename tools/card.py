@@ -165,14 +165,13 @@ def about():
                 commit=commit.strip() or "unknown", date=time.strftime("%Y-%m-%d"))
 
 
-def measure(command, shape="llama3-3b", prompt=256, new=1024):
+def measure(command, shape="llama3-3b", prompt=256, new=1024, methods=("dvpo", "lora", "ppo")):
     """All parts in turn -> {name of card and commit: what they found}; after the limit, no more."""
     begin, card = time.perf_counter(), about()
     large = f"`{command.split(' --')[0]} --shape llama3-8b --prompt 256 --new 1024 --methods lora --rounds 2`"
     card |= dict(commands={"all of it": command}, not_measured={"a step of 8B with --lora": large})
-    methods = ["dvpo", "lora"]
-    if not bench.CUDA or torch.cuda.mem_get_info()[0] > 130 * GIB:
-        methods.append("ppo")
+    if bench.CUDA and torch.cuda.mem_get_info()[0] < 130 * GIB:
+        methods = ("dvpo", "lora") if torch.cuda.mem_get_info()[0] > 75 * GIB else ("lora",)
     card["rate"] = bench.machine(shape)
     make = f"from tools import bench; bench.make({shape!r}, {prompt}, {new})"
     making = subprocess.Popen([sys.executable, "-c", make])             # writes the models beside the toy
