@@ -109,7 +109,8 @@ def token(shape, prompt, new):
         run = bench.decode(args, shape, ("static", "generate"))
         ours, theirs = (1000 * run[way] / new for way in ("static", "generate"))
         read = bench.bytes_per_token(shape, rows, prompt + new / 2)
-        found.append(dict(shape=shape, rows=rows, ms=ours, generate=theirs, read=read))
+        more = run["first"]["static"] - run["static"]                       # compilation, warming up
+        found.append(dict(shape=shape, rows=rows, ms=ours, generate=theirs, read=read, first=more))
     return found
 
 
@@ -246,11 +247,13 @@ def report_token(card):
     for run in card["token"]:
         least = 1000 * run["read"] / card["rate"]["bandwidth"]
         theirs = f"{run['generate']:.2f}" if "generate" in run else ""
-        cells = f"{run['ms']:.2f}", f"{least:.2f}", f"{least / run['ms']:.2f}", theirs
+        more = f"{run['first']:.1f}" if "first" in run else ""
+        cells = f"{run['ms']:.2f}", f"{least:.2f}", f"{least / run['ms']:.2f}", theirs, more
         rows.append([run["shape"], run["rows"], *cells])
     return ["", "One token of the rollout (all of the rollout over its tokens, the prompt included); the "
             "least is what weights and cache take at the bandwidth:",
-            *bench.table(["shape", "rows", "ms", "least ms", "share of bandwidth", "`generate` ms"], rows)]
+            *bench.table(["shape", "rows", "ms", "least ms", "share of bandwidth", "`generate` ms",
+                          "compilation and warm-up s"], rows)]
 
 
 def report_kernels(card):
