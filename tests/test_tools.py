@@ -1,5 +1,6 @@
 import contextlib
 import http.server
+import importlib
 import io
 import json
 import os
@@ -108,6 +109,21 @@ def test_bytes_per_token():
 
     numbers = 3_212_749_824 + 8 * 100 * 2 * 28 * 8 * 128
     assert bench.bytes_per_token("llama3-3b", 8, 100) == numbers * (2 if bench.CUDA else 4)
+
+
+def test_card_commands():
+    """The runs on the toy: twenty, with flags that the stages take; what one needs, an earlier one made."""
+    from tools import card
+
+    first, then = card.TOY
+    for name, (script, *flags) in (first | then).items():
+        stage = importlib.import_module(script[:-3].replace("/", "."))
+        args = stage.parse_args(card.words("F", name, script, *flags))
+        assert args.out == f"F/{name}" and args.model == "tiny", name
+        if name in then:
+            made = args.gvm if script == "dvpo.py" else args.rm
+            assert made in [f"F/{other}/model" for other in first], name
+    assert len(first | then) == 20 and {*card.RESUMED} <= {*then}
 
 
 def test_card():

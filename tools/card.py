@@ -49,20 +49,26 @@ TOY = (                                                 # two rounds, each side 
 RESUMED = "dvpo", "dvpo_z1", "lora", "ppo_z1"
 
 
-def start(folder, name, script, *flags):
-    """One run of the toy in a process of its own."""
-    argv = [script, *flags, "--model", "tiny", "--init-from", "data/toy/model", "--out", f"{folder}/{name}"]
+def words(folder, name, script, *flags):
+    """The flags of one run of the toy."""
+    argv = [*flags, "--model", "tiny", "--init-from", "data/toy/model", "--out", f"{folder}/{name}"]
     if name.startswith(("gvm", "dpo", "sft")):
         argv += ["--max-steps", 3 * STEPS]
     elif "--rm-only" not in flags:
         argv += ["--max-steps", STEPS, "--save-every", STEPS // 2]
     if script == "dvpo.py":
         argv += ["--gvm", f"{folder}/gvm/model"]
-    elif name.startswith(("ppo", "grpo", "remax")):
-        argv += ["--rm", f"{folder}/rm/rm/model"]
+    elif name.startswith(("ppo", "grpo", "remax", "rm")):
+        argv += ["--rm", f"{folder}/{name if '--rm-only' in flags else 'rm'}/model"]
+    return list(map(str, argv))
+
+
+def start(folder, name, script, *flags):
+    """One run of the toy in a process of its own."""
+    argv = [sys.executable, script, *words(folder, name, script, *flags)]
     environment = {key: value for key, value in os.environ.items() if key not in common.LAUNCHER_VARIABLES}
     with open(f"{folder}/{name}.log", "a") as log:
-        return subprocess.Popen([sys.executable, *map(str, argv)], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
 
 
 def metrics(folder, name):
