@@ -1,5 +1,6 @@
 import contextlib
 import http.server
+import importlib
 import io
 import json
 import os
@@ -110,6 +111,21 @@ def test_bytes_per_token():
     assert bench.bytes_per_token("llama3-3b", 8, 100) == numbers * (2 if bench.CUDA else 4)
 
 
+def test_card_commands():
+    """The runs on the toy: twenty, with flags that the stages take; what one needs, an earlier one made."""
+    from tools import card
+
+    first, then = card.TOY
+    for name, (script, *flags) in (first | then).items():
+        stage = importlib.import_module(script[:-3].replace("/", "."))
+        args = stage.parse_args(card.words("F", name, script, *flags))
+        assert args.out == f"F/{name}" and args.model == "tiny", name
+        if name in then:
+            made = args.gvm if script == "dvpo.py" else args.rm
+            assert made in [f"F/{other}/model" for other in first], name
+    assert len(first | then) == 20 and {*card.RESUMED} <= {*then}
+
+
 def test_card():
     """What --card measures on a CUDA machine, at a tiny size on a CPU: every part, and its report."""
     from tools import bench, card
@@ -118,19 +134,20 @@ def test_card():
     here = os.getcwd()
     os.chdir(HERE)
     try:
-        with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",)),
+        with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",),
+                                  LIMIT=float("inf")),
               contextlib.redirect_stdout(io.StringIO())):
-            found, = card.measure("python tools/bench.py --card", "tiny", prompt=16, new=8).values()
+            found, = card.measure("python tools/bench.py --card", "tiny", 16, 8, ("lora",)).values()
             lines = "\n".join(card.report({"this": found}))
     finally:
         os.chdir(here)
     assert found["toy"]["dvpo"] == dict(ended=True, steps=2, first_ratio_off=0.0) and found["resumed"]["dvpo"]
     assert [run["rows"] for run in found["token"]] == [8, 64]
     step = found["steps"]["tiny"]
-    assert {*step["measured"]} == {"dvpo", "lora", "ppo"}
+    assert {*step["measured"]} == {"lora"}
     assert [len(longest) for longest in found["kernels"].values()] == [10, 10]
-    run = step["measured"]["dvpo"]                      # 4 epochs of 8 rows of 24 tokens, 6 operations each
-    share = 4 * 8 * 24 * 6 * step["parameters"] / found["rate"]["operations"] / run["sec_train"]
+    run = step["measured"]["lora"]                      # 4 epochs, 8 rows of 24 tokens; 4 operations, not 6
+    share = 4 * 8 * 24 * 4 * step["parameters"] / found["rate"]["operations"] / run["sec_train"]
     assert f"| {share:.2f} |" in lines and "no time was left" not in lines
     hours = 450 * 8 * run["sec_step"] / 3600            # 64 rollouts are eight times 8
     assert f"| {hours:.1f} |" in lines

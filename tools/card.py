@@ -49,20 +49,26 @@ TOY = (                                                 # two rounds, each side 
 RESUMED = "dvpo", "dvpo_z1", "lora", "ppo_z1"
 
 
-def start(folder, name, script, *flags):
-    """One run of the toy in a process of its own."""
-    argv = [script, *flags, "--model", "tiny", "--init-from", "data/toy/model", "--out", f"{folder}/{name}"]
+def words(folder, name, script, *flags):
+    """The flags of one run of the toy."""
+    argv = [*flags, "--model", "tiny", "--init-from", "data/toy/model", "--out", f"{folder}/{name}"]
     if name.startswith(("gvm", "dpo", "sft")):
         argv += ["--max-steps", 3 * STEPS]
     elif "--rm-only" not in flags:
         argv += ["--max-steps", STEPS, "--save-every", STEPS // 2]
     if script == "dvpo.py":
         argv += ["--gvm", f"{folder}/gvm/model"]
-    elif name.startswith(("ppo", "grpo", "remax")):
-        argv += ["--rm", f"{folder}/rm/rm/model"]
+    elif name.startswith(("ppo", "grpo", "remax", "rm")):
+        argv += ["--rm", f"{folder}/{name if '--rm-only' in flags else 'rm'}/model"]
+    return list(map(str, argv))
+
+
+def start(folder, name, script, *flags):
+    """One run of the toy in a process of its own."""
+    argv = [sys.executable, script, *words(folder, name, script, *flags)]
     environment = {key: value for key, value in os.environ.items() if key not in common.LAUNCHER_VARIABLES}
     with open(f"{folder}/{name}.log", "a") as log:
-        return subprocess.Popen([sys.executable, *map(str, argv)], stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
 
 
 def metrics(folder, name):
@@ -109,7 +115,8 @@ def token(shape, prompt, new):
         run = bench.decode(args, shape, ("static", "generate"))
         ours, theirs = (1000 * run[way] / new for way in ("static", "generate"))
         read = bench.bytes_per_token(shape, rows, prompt + new / 2)
-        found.append(dict(shape=shape, rows=rows, ms=ours, generate=theirs, read=read))
+        more = run["first"]["static"] - run["static"]                       # compilation, warming up
+        found.append(dict(shape=shape, rows=rows, ms=ours, generate=theirs, read=read, first=more))
     return found
 
 
@@ -165,18 +172,17 @@ def about():
                 commit=commit.strip() or "unknown", date=time.strftime("%Y-%m-%d"))
 
 
-def measure(command, shape="llama3-3b", prompt=256, new=1024):
+def measure(command, shape="llama3-3b", prompt=256, new=1024, methods=("dvpo", "lora", "ppo")):
     """All parts in turn -> {name of card and commit: what they found}; after the limit, no more."""
     begin, card = time.perf_counter(), about()
     large = f"`{command.split(' --')[0]} --shape llama3-8b --prompt 256 --new 1024 --methods lora --rounds 2`"
     card |= dict(commands={"all of it": command}, not_measured={"a step of 8B with --lora": large})
-    methods = ["dvpo", "lora"]
-    if not bench.CUDA or torch.cuda.mem_get_info()[0] > 130 * GIB:
-        methods.append("ppo")
-    make = f"from tools import bench; bench.make({shape!r}, {prompt})"
+    if bench.CUDA and torch.cuda.mem_get_info()[0] < 130 * GIB:
+        methods = ("dvpo", "lora") if torch.cuda.mem_get_info()[0] > 75 * GIB else ("lora",)
+    card["rate"] = bench.machine(shape)
+    make = f"from tools import bench; bench.make({shape!r}, {prompt}, {new})"
     making = subprocess.Popen([sys.executable, "-c", make])             # writes the models beside the toy
-    parts = {"toy": lambda: card.update(toy()),
-             "rate": lambda: making.wait() or card.update(rate=bench.machine(shape)),
+    parts = {"toy": lambda: card.update(toy()) or making.wait(),
              "token": lambda: card.update(token=token(shape, prompt, min(new, 128))),
              "kernels": lambda: card.update(kernels=kernels(shape, prompt, new)),
              "steps": lambda: card.update(steps={shape: steps(shape, methods, prompt, new)})}
@@ -247,11 +253,13 @@ def report_token(card):
     for run in card["token"]:
         least = 1000 * run["read"] / card["rate"]["bandwidth"]
         theirs = f"{run['generate']:.2f}" if "generate" in run else ""
-        cells = f"{run['ms']:.2f}", f"{least:.2f}", f"{least / run['ms']:.2f}", theirs
+        more = f"{run['first']:.1f}" if "first" in run else ""
+        cells = f"{run['ms']:.2f}", f"{least:.2f}", f"{least / run['ms']:.2f}", theirs, more
         rows.append([run["shape"], run["rows"], *cells])
     return ["", "One token of the rollout (all of the rollout over its tokens, the prompt included); the "
             "least is what weights and cache take at the bandwidth:",
-            *bench.table(["shape", "rows", "ms", "least ms", "share of bandwidth", "`generate` ms"], rows)]
+            *bench.table(["shape", "rows", "ms", "least ms", "share of bandwidth", "`generate` ms",
+                          "compilation and warm-up s"], rows)]
 
 
 def report_kernels(card):
