@@ -42,7 +42,7 @@ from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum,
 from runtime.processes import deepspeed, die, finish, gathered, lock, missing_model, rank, world
 from runtime.processes import write_json, writing
 from runtime.rows import Rows, behind_system, check_lengths, load_function, only_text
-from runtime.rows import one_side, read_rows, show_batch
+from runtime.rows import one_side, read_rows
 from runtime.run import Run
 # isort: on
 
@@ -113,7 +113,7 @@ def flags(doc, argv, *stages):
     preset = dict(id=model, data="data/ultrafeedback", zero=1, stages={}, reward=None, true_q=None)
     preset |= dict(start=f"{out}/sft/model")            # what the stages after SFT start from
     preset |= PRESETS.get(model, {})
-    d = argparse.Namespace(out=out, **preset)
+    d = argparse.Namespace(out=out, cuda=CUDA, **preset)
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
     context = positions(d.id)                           # defaults must fit into it
@@ -422,6 +422,19 @@ def new_cache(model):
     return DynamicCache(config=model.lm.config.get_text_config(decoder=True))
 
 
+def frame_behind_tau(model, tok, tau, prompts, responses, device):
+    """The frame in which the GVM values the responses given tau -> ids, attn (B, P+T), a prefix or None.
+
+    tau is read once, into the prefix for forward_in_micro_batches, where the architecture allows that.
+    """
+    prefix = read_prefix(model, tau, "gvm", "gvm", device)
+    begin = [append_to_prefix(tok, tau, ids) for ids in prompts]        # one bos
+    if prefix:
+        begin = [ids[len(tau):] for ids in begin]
+    ids, attn, _ = frame(begin, responses, device)
+    return ids, attn, prefix
+
+
 class Decoder:
     """The one-token step of a rollout, with its KV cache.
 
@@ -447,6 +460,16 @@ class Decoder:
         self.mask = None if self.mask is None else F.pad(self.mask, (0, 1), value=1)
         self.positions = self.positions[:, -1:] + 1
         self.logits = self.step(token[:, None])
+
+
+@contextlib.contextmanager
+def decoding(model, ids, attn, adapter, args):
+    """A Decoder that has read the prompts (B, P). Inside, an adapter is merged into the weights."""
+    with merged(model, adapter, args) as adapter_left:
+        decode = Decoder(model, ids, attn, adapter_left)
+        if getattr(args, "static_cache", False):
+            decode = static_decoder(decode, args.max_new_tokens)
+        yield decode
 
 
 def locate(weights, u):

@@ -67,7 +67,7 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=d.max_new_tokens,
          help="tokens of a response at most (paper 1024)")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: the GVM's)")
     flag("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
@@ -97,10 +97,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     end_ids = model.end_ids(tok)                                                # (E,)
     response = []
     mask = []
-    with common.merged(model, adapter, args) as adapter_left:
-        decode = common.Decoder(model, ids, attn, adapter_left)
-        if args.static_cache:
-            decode = common.static_decoder(decode, args.max_new_tokens)
+    with common.decoding(model, ids, attn, adapter, args) as decode:
         for t in range(args.max_new_tokens):
             p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
             u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
@@ -236,7 +233,7 @@ def main(argv=None):
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         if args.dry_run:
-            return common.show_batch(tok, ids, attn, mask, args.max_steps)
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Log-probs of policy and reference. The micro-batches are those of the update, so that
@@ -253,16 +250,13 @@ def main(argv=None):
             rng = np.random.default_rng([args.seed, step, run.rank])
             tau, tau_shown = common.draw_tau(
                 tok, buffer, tau_pairs, tau_room, gvm["tau_length"], rng)
-            cache = common.read_prefix(trunk, tau, "gvm", "gvm", device)
-            behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]        # one bos
-            if cache:                                               # it holds tau already
-                behind_tau = [p[len(tau):] for p in behind_tau]
-            gvm_ids, gvm_attn, _ = common.frame(behind_tau, responses, device)
+            gvm_ids, gvm_attn, prefix = common.frame_behind_tau(
+                trunk, tok, tau, prompts, responses, device)
             frame = (gvm_ids, gvm_attn, T, order, args.mini_batch_size)
             q = common.forward_in_micro_batches(
-                trunk, *frame, cache, adapter="gvm", head="gvm")                        # (B, T+1)
+                trunk, *frame, prefix, adapter="gvm", head="gvm")                       # (B, T+1)
             buffer = (prompts, responses)
-            del cache                                               # frees memory for the update
+            del prefix                                              # frees memory for the update
 
         # 4. Advantage: what the token did to the value, less its own share of the KL to the reference
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)                            # (B, T)
@@ -282,7 +276,7 @@ def main(argv=None):
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
                 epoch_begin = len(stats)
                 for group in order.split(rows_per_update):
-                    n_tokens = common.all_sum(mask[group].sum())
+                    n_tokens = run.sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, adapter, **sampling)
                         loss, stat = clipped_ppo_loss(
@@ -309,7 +303,7 @@ def main(argv=None):
             **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=q[:, 0].mean(),
             adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates,
             entropy=-minus_entropy, ended=ended.float().mean(),
-            length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()),
+            length=mask.sum(1).float().mean(), tokens=run.sum(mask.sum()),
             tau_pairs=tau_shown, tau_tokens=len(tau))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
@@ -324,4 +318,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

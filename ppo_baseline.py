@@ -72,7 +72,7 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=d.max_new_tokens,
          help="tokens of a response at most (paper 1024)")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--gamma", type=float, default=1.0, help="discount per token")
     flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
@@ -117,10 +117,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     end_ids = model.end_ids(tok)                                                # (E,)
     response = []
     mask = []
-    with common.merged(model, adapter, args) as adapter_left:
-        decode = common.Decoder(model, ids, attn, adapter_left)
-        if args.static_cache:
-            decode = common.static_decoder(decode, args.max_new_tokens)
+    with common.decoding(model, ids, attn, adapter, args) as decode:
         for t in range(args.max_new_tokens):
             p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
             u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
@@ -212,7 +209,7 @@ def train_reward_model(args, tok):
     state = run.resume()
     seen = [x.to(run.device) for x in state.get("seen", [])]        # scores, last 100 batches
     if args.dry_run:
-        return common.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
+        return run.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
     engine.train()
     for step in run.steps(steps):
         index = run.batch(len(train), args.rm_batch_size, step)
@@ -235,7 +232,7 @@ def train_reward_model(args, tok):
             chosen, rejected = scores(engine, *frame(pairs)).chunk(2)
             new = torch.tensor([i < len(heldout) for i in index], device=run.device)
             right += ((chosen > rejected) & new).sum()
-    accuracy = common.all_sum(right) / len(heldout)
+    accuracy = run.sum(right) / len(heldout)
 
     seen = torch.cat(seen)
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
@@ -353,7 +350,7 @@ def main(argv=None):
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         if args.dry_run:
-            return common.show_batch(tok, ids, attn, mask, args.max_steps)
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Log-probs of policy and reference. The micro-batches are those of the update, so that
@@ -414,7 +411,7 @@ def main(argv=None):
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
                 epoch_begin = len(stats)
                 for group in order.split(rows_per_update):
-                    n_tokens = common.all_sum(mask[group].sum())
+                    n_tokens = run.sum(mask[group].sum())
                     for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, **sampling)
                         loss, stat = clipped_ppo_loss(
@@ -452,7 +449,7 @@ def main(argv=None):
             **row, kl=kl, kl_coef=kl_coef, q_mean=q_mean, q_std=q_std, v0=values[:, 0].mean(),
             adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
             entropy=-minus_entropy, ended=ended.float().mean(),
-            length=mask.sum(1).float().mean(), tokens=common.all_sum(mask.sum()))
+            length=mask.sum(1).float().mean(), tokens=run.sum(mask.sum()))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
@@ -466,4 +463,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

@@ -74,7 +74,7 @@ def heldout_loss(run, policy, tok, rows):
         mask = mask & is_new[:, None]                                   # no row counts twice
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
-    return (common.all_sum(total) / common.all_sum(count).clamp(min=1)).item()
+    return (run.sum(total) / run.sum(count).clamp(min=1)).item()
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def main(argv=None):
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = (x[order] for x in (ids, attn, mask))
         if args.dry_run:
-            return common.show_batch(tok, ids, attn, mask, steps)
-        n_tokens = common.all_sum(mask.sum())
+            return run.show_batch(tok, ids, attn, mask, steps)
+        n_tokens = run.sum(mask.sum())
 
         # 2. Update
         lr = args.lr * cosine(step, steps, args.warmup_steps)
@@ -159,4 +159,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

@@ -345,8 +345,8 @@ def main(argv=None):
             sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask, states, score = training_frame(sequences, device)
         if args.dry_run:
-            return common.show_batch(tok, ids, attn, mask, steps)
-        n_states = common.all_sum(states.sum())
+            return run.show_batch(tok, ids, attn, mask, steps)
+        n_states = run.sum(states.sum())
 
         # 2. Update: squared TD errors of all states, eq. (1)
         run.set_lr(engine, args.lr * (1 - step / steps))
@@ -364,7 +364,7 @@ def main(argv=None):
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else running.lerp(moments, 0.2)
         q_mean, q_std = moments
-        run.log(loss=loss * run.world, q_mean=q_mean, q_std=q_std, tokens=common.all_sum(mask.sum()))
+        run.log(loss=loss * run.world, q_mean=q_mean, q_std=q_std, tokens=run.sum(mask.sum()))
         run.keep(running=running)
 
     # 4. Save, measure
@@ -398,4 +398,4 @@ def use_trained(run, gvm, tok, data):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

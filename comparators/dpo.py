@@ -51,7 +51,7 @@ def parse_args(argv=None):
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="of samples: its end")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a sample")
     flag("--temperature", type=float, default=d.temperature, help="of samples")
-    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="sample with compiled blocks and CUDA graphs, for speed")
     flag("--lora", action="store_true", help="train the policy as an adapter (rank 8, alpha 32)")
     return common.parse(p, argv)
@@ -109,7 +109,7 @@ def main(argv=None):
     policy = run.engine("policy", model, args.lr, pairs_per_pass, args.grad_accum, decodes=True)
     steps = args.max_steps or math.ceil(args.epochs * len(train) / (args.batch_size * run.world))
     if args.dry_run:
-        return common.show_batch(tok, *frame(tok, train[:pairs_per_pass], args, device), steps)
+        return run.show_batch(tok, *frame(tok, train[:pairs_per_pass], args, device), steps)
 
     # The reference's log-probs: those of the policy before it is trained (an adapter is zero at first)
     policy.eval()
@@ -140,7 +140,7 @@ def main(argv=None):
         # 3. Log
         names = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")
         means = dict(zip(names, torch.tensor(stats).mean(0), strict=True))
-        run.log(**means, tokens=common.all_sum(n_tokens))
+        run.log(**means, tokens=run.sum(n_tokens))
 
     # 4. Save; accuracy on held-out pairs; reward and KL of fresh answers, which need the reference again
     policy.eval()
@@ -158,4 +158,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

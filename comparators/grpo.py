@@ -60,7 +60,7 @@ def parse_args(argv=None):
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens, of its end")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
-    flag("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
+    flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
     flag("--missing-eos-penalty", type=float, default=1.0, help="for a response that never ends")
     flag("--clip", type=float, default=0.2, help="eps of the ratio")
@@ -143,7 +143,7 @@ def main(argv=None):
         T = mask.shape[1]
         texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
         if args.dry_run:
-            return common.show_batch(tok, ids, attn, mask, args.max_steps)
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Log-probs, in the micro-batches of the update, so that the first ratio is exactly 1
@@ -178,7 +178,7 @@ def main(argv=None):
                     shuffled = torch.randperm(args.batch_size)
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
                 for group in order.split(rows_per_update):
-                    total = common.all_sum(weight[group].sum())
+                    total = run.sum(weight[group].sum())
                     for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, adapter, temperature=args.temperature)
                         parts = (old_logp[m], ref_logp[m], adv[m, None], weight[m] / total)
@@ -196,7 +196,7 @@ def main(argv=None):
             **row, loss=sum(s["loss"] for s in stats) / len(stats) * scale, kl=kl, kl_coef=kl_coef,
             score=score.mean(), no_signal=no_signal, ratio_first=stats[0]["ratio"], entropy=-minus_entropy,
             ended=ended.float().mean(), length=mask.sum(1).float().mean(),
-            tokens=common.all_sum(mask.sum()))
+            tokens=run.sum(mask.sum()))
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before)
@@ -207,4 +207,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

@@ -67,8 +67,7 @@ def rollout(model, prompts, tok, args, device, adapter=None, greedy=0):
     is_greedy = torch.arange(len(prompts), device=device) >= len(prompts) - greedy
     response = []
     mask = []
-    with common.merged(model, adapter, args) as adapter_left:
-        decode = common.Decoder(model, ids, attn, adapter_left)
+    with common.decoding(model, ids, attn, adapter, args) as decode:
         for t in range(args.max_new_tokens):
             p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
             u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
@@ -136,7 +135,7 @@ def main(argv=None):
         T = mask.shape[1]
         texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
         if args.dry_run:
-            return common.show_batch(tok, ids, attn, mask, args.max_steps)
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Reward of all responses, and log-probs of the sampled ones under the reference
@@ -160,7 +159,7 @@ def main(argv=None):
         with run.phase("train"):
             policy.train()
             run.set_lr(policy, args.lr * (1 - step / args.max_steps))
-            n_tokens = common.all_sum(mask.sum())
+            n_tokens = run.sum(mask.sum())
             old_logp = torch.zeros_like(ref_logp)
             loss = torch.zeros((), device=device)
             for m in order.split(args.mini_batch_size):
@@ -187,4 +186,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    common.finish()
+    common.Run.end()

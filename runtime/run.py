@@ -18,8 +18,8 @@ from runtime.checkpoints import Checkpoints, save_model
 from runtime.engines import actor, engine, frozen, refresh
 from runtime.memory import check_context, memory_plan
 from runtime.metrics import Metrics, clock
-from runtime.processes import rank, seed, start, world, write_json, writing
-from runtime.rows import batch_indices
+from runtime.processes import all_sum, finish, rank, seed, start, world, write_json, writing
+from runtime.rows import batch_indices, show_batch
 
 
 class Run:
@@ -105,6 +105,10 @@ class Run:
         """What the next checkpoint must hold beside weights, optimizer and random states."""
         self.kept = state
 
+    def sum(self, x):
+        """The sum of a tensor over all ranks."""
+        return all_sum(x)
+
     def saves_model(self):
         """Whether the model is written after this step, too, and not only at the end."""
         return (self.step + 1) % self.args.save_every == 0
@@ -123,6 +127,15 @@ class Run:
         if self.rank == 0:
             with writing(path), open(path, "w") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def show_batch(self, tok, ids, attn, mask, steps):
+        """--dry-run: print the number of steps and the first row of a batch."""
+        show_batch(tok, ids, attn, mask, steps)
+
+    @staticmethod
+    def end():
+        """End the process with all ranks together: after main(), where a stage is a program."""
+        finish()
 
     def say(self, line):
         """Print on rank 0."""
