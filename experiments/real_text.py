@@ -30,7 +30,7 @@ import torch
 
 import common
 import train_gvm
-from experiments.seeds import read
+from experiments.seeds import read, rows_of
 from experiments.shared import commit, interval, machine, stage, table, write_results
 
 UNSEEN = "FuseChat-Llama-3.1-8B-Instruct", "jina-chat", "pythia-12b-mix-sft"    # good, middling, poor
@@ -46,8 +46,13 @@ RM = ("--rm-only", "--data", "out/real/train.jsonl", "--heldout", "out/real/few.
 ARMS = {                                                # 12 answers per update each
     "tau": ("--data", "out/real/train.jsonl", "--tau-pairs", 2, "--batch-size", 4),
     "no tau": ("--data", "out/real/train.jsonl", "--tau-pairs", 0, "--batch-size", 12),
-    "pairs, +1 and -1": ("--data", "out/real/pairs.jsonl", "--tau-pairs", 0, "--batch-size", 12),
     "pairs, Bradley-Terry": ("--rm-batch-size", 6),
+    "pairs, +1 and -1": ("--data", "out/real/pairs.jsonl", "--tau-pairs", 0, "--batch-size", 12),
+}
+GAINS = {                                               # of what, over what: runs and their statistics
+    "a tau": (("tau", "mean"), ("no tau", "mean")),
+    "Bradley-Terry over rewards": (("pairs, Bradley-Terry", "last"), ("no tau", "mean")),
+    "Bradley-Terry over +1 and -1": (("pairs, Bradley-Terry", "last"), ("pairs, +1 and -1", "mean")),
 }
 DRAWS = 10_000                                          # of the bootstrap over prompts
 
@@ -207,12 +212,14 @@ def yardsticks(rows, means):
     return {name: accuracies(right_pairs(rows, numbers)).tolist() for name, numbers in by.items()}
 
 
-def report(jobs, steps, means, files):
+def report(jobs, means, flags):
     rows, runs, counts = train_gvm.Labelled(["out/real/measured.jsonl"]), [], {}
     rewards = [np.mean([rows[i]["reward"] for i in index]) for index in rows.by_policy.values()]
     for arm, seed in jobs:
         stats = measure(arm, seed)
-        run = dict(arm=arm, seed=seed, seconds=read(f"{folder(arm, seed)}/seconds.json"))
+        out = folder(arm, seed)
+        run = dict(arm=arm, seed=seed, updates=len(rows_of(f"{out}/metrics.jsonl")),
+                   seconds=read(f"{out}/seconds.json"))
         for key, numbers in stats.items():
             counts[arm, seed, key] = right_pairs(rows, numbers)
             run[key] = accuracies(counts[arm, seed, key]).tolist()
@@ -220,15 +227,15 @@ def report(jobs, steps, means, files):
             averages = [np.mean([stats["v0"][i] for i in index]) for index in rows.by_policy.values()]
             run["v0_correlation"] = train_gvm.correlation(rewards, averages)
         runs.append(run)
-    names, gains = list(ARMS), {}
-    for title, ours, theirs, key in (("a tau", *names[:2], "mean"), ("Bradley-Terry", *names[:1:-1], "last")):
-        seeds = [seed for arm, seed in jobs if arm == ours and (theirs, seed) in jobs]
+    gains = {}
+    for title, (ours, theirs) in GAINS.items():
+        seeds = [seed for arm, seed in jobs if arm == ours[0] and (theirs[0], seed) in jobs]
         if seeds:
-            both = ([counts[arm, seed, key] for seed in seeds] for arm in (ours, theirs))
-            gains[title] = gain(*both) | dict(ours=ours, theirs=theirs, by=key)
-    about = dict(commit=commit(), command=f"python experiments/real_text.py {files}",
+            mine, other = ([counts[arm, seed, key] for seed in seeds] for arm, key in (ours, theirs))
+            gains[title] = gain(mine, other)
+    about = dict(commit=commit(), command=f"python experiments/real_text.py {flags}",
                  machine=machine("one thread, one run at a time", "beside other programs"))
-    data = dict(about, steps=steps, prompts=len(by_prompt(rows)), rows=len(rows),
+    data = dict(about, prompts=len(by_prompt(rows)), rows=len(rows),
                 pairs=int(right_pairs(rows, np.zeros(len(rows)))[:, 0, 1].sum()),
                 yardsticks=yardsticks(rows, means), runs=runs, gains=gains)
     write_results("real_text", data, page(data))
@@ -240,7 +247,7 @@ def page(data):
     arms = [f"{arm}: {' '.join(map(str, flags))}" for arm, flags in ARMS.items()]
     lines = ["# Real text: what a tau gives", "",
              f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}.", "",
-             f"Trunk: SmolLM2-135M-Instruct. {data['steps']} updates each. GVMs: {gvm}. Reward model: {rm}. "
+             f"Trunk: SmolLM2-135M-Instruct. GVMs: {gvm}. Reward model: {rm}. "
              f"{'; '.join(arms)}. CPU seconds: of the whole program, whatever ran beside it.", "",
              f"Pair accuracy over {data['pairs']:,} pairs of {data['rows']} answers to {data['prompts']} "
              f"unseen prompts, cut to {RESPONSE} tokens, rewards more than {MIN_GAP} apart. left out: pairs "
@@ -253,19 +260,20 @@ def page(data):
         for key in "mean", "last", "v0":
             by += [f"{x:.3f}" for x in run[key]] if key in run else ["", ""]
         follows = f"{run['v0_correlation']:.3f}" if "v0_correlation" in run else ""
-        cells.append([run["arm"], run["seed"], f"{run['seconds']:.0f}", *by, follows])
-    names = ["run", "seed", "CPU seconds", "mean token value", "left out", "last value", "left out",
-             "V(s_0) behind tau", "left out", "its correlation with mean rewards"]
+        cells.append([run["arm"], run["seed"], run["updates"], f"{run['seconds']:.0f}", *by, follows])
+    names = ["run", "seed", "updates", "CPU seconds", "mean token value", "left out", "last value",
+             "left out", "V(s_0) behind tau", "left out", "its correlation with mean rewards"]
     lines += [*table(names, cells), ""]
     for title, found in data["gains"].items():
         parts = []
-        for k, part in (0, "all pairs"), (1, "left out"):
+        for k, part in enumerate(("all pairs", "left out")):
             by_seed = [seed[k] for seed in found["seeds"]]
             spread = f"{interval(by_seed, 3, '+')} over {len(by_seed)} seeds"
             drawn = f"{found['low'][k]:+.3f} to {found['high'][k]:+.3f} over prompts"
             parts.append(f"{part} {spread}, {drawn}")
-        lines += [f"Gain of {title} ({found['ours']} less {found['theirs']}, by the {found['by']} value): "
-                  f"{'; '.join(parts)}.", ""]
+        read_by = " less ".join(f"{arm}, {dict(mean='mean token', last='last')[key]} value"
+                                for arm, key in GAINS[title])
+        lines += [f"Gain of {title} ({read_by}): {'; '.join(parts)}.", ""]
     return [*lines, "Over seeds: mean and 95 % interval (Student's t), on these prompts. Over prompts: 95 % "
             "interval of a bootstrap over the prompts of these runs."]
 
@@ -289,9 +297,9 @@ def main(argv=None):
     for job in jobs if not args.report else ():
         train(*job, args.steps)
         measure(*job)
-    steps = f"--steps {args.steps} --seeds {' '.join(map(str, args.seeds))}"
-    files = f"--train {os.path.basename(args.train)} --valid {os.path.basename(args.valid)} {steps}"
-    report(jobs, args.steps, means, files)
+    flags = ["--train", os.path.basename(args.train), "--valid", os.path.basename(args.valid),
+             "--steps", args.steps, "--seeds", *args.seeds, "--pair-seeds", *args.pair_seeds]
+    report(jobs, means, " ".join(map(str, flags)))
 
 
 if __name__ == "__main__":
