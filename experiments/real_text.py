@@ -103,12 +103,12 @@ def prepare(train, valid):
                      for part in (groups[:MEASURED], groups[MEASURED:]))
     few = tau[:24]
     files = dict(train=seen, measured=measured, tau=tau, few=few, pairs=pairs_of(seen))
-    for name, rows in (files | dict(few_pairs=pairs_of(few))).items():
+    for name, rows in (files | dict(valid=found["valid"], few_pairs=pairs_of(few))).items():
         write(f"out/real/{name}.jsonl", rows)
     means = {}
     for row in found["train"]:
         means.setdefault(row["policy"], []).append(row["reward"])
-    return measured, {policy: float(np.mean(rewards)) for policy, rewards in means.items()}
+    return {policy: float(np.mean(rewards)) for policy, rewards in means.items()}
 
 
 def train(arm, seed, steps):
@@ -234,10 +234,11 @@ def report(jobs, means, flags):
             mine, other = ([counts[arm, seed, key] for seed in seeds] for arm, key in (ours, theirs))
             gains[title] = gain(mine, other)
     about = dict(commit=commit(), command=f"python experiments/real_text.py {flags}",
-                 machine=machine("one thread, one run at a time", "beside other programs"))
+                 machine=machine("one thread, one run at a time"))
     data = dict(about, prompts=len(by_prompt(rows)), rows=len(rows),
                 pairs=int(right_pairs(rows, np.zeros(len(rows)))[:, 0, 1].sum()),
                 yardsticks=yardsticks(rows, means), runs=runs, gains=gains)
+    data["yardsticks_of_all"] = yardsticks(common.read_rows("out/real/valid.jsonl", ["prompt"]), means)
     write_results("real_text", data, page(data))
 
 
@@ -252,8 +253,11 @@ def page(data):
              f"Pair accuracy over {data['pairs']:,} pairs of {data['rows']} answers to {data['prompts']} "
              f"unseen prompts, cut to {RESPONSE} tokens, rewards more than {MIN_GAP} apart. left out: pairs "
              f"with an answer of {', '.join(UNSEEN)}, on which nothing was trained.", ""]
-    cells = [[name, *(f"{x:.3f}" for x in found)] for name, found in data["yardsticks"].items()]
-    lines += [*table(["yardstick", "all pairs", "left out"], cells), ""]
+    cells = []
+    for name, found in data["yardsticks"].items():
+        cells.append([name, *(f"{x:.3f}" for x in found + data["yardsticks_of_all"][name])])
+    names = ["yardstick", "all pairs", "left out", "all prompts of the file: all pairs", "left out"]
+    lines += [*table(names, cells), ""]
     cells = []
     for run in data["runs"]:
         by = []
@@ -288,7 +292,7 @@ def main(argv=None):
     p.add_argument("--report", action="store_true", help="of the runs that are there; train nothing")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    _, means = prepare(args.train, args.valid)
+    means = prepare(args.train, args.valid)
     names = list(ARMS)
     jobs = [(arm, seed) for seed in args.seeds for arm in names[:2]]
     jobs += [(arm, seed) for seed in args.pair_seeds for arm in names[2:]]
