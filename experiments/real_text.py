@@ -272,7 +272,7 @@ def page(data):
         parts = []
         for k, part in enumerate(("all pairs", "left out")):
             by_seed = [seed[k] for seed in found["seeds"]]
-            spread = f"{interval(by_seed, 3, '+')} over {len(by_seed)} seeds"
+            spread = f"{interval(by_seed, 3, '+')} (seeds: {len(by_seed)})"
             drawn = f"{found['low'][k]:+.3f} to {found['high'][k]:+.3f} over prompts"
             parts.append(f"{part} {spread}, {drawn}")
         read_by = " less ".join(f"{arm}, {dict(mean='mean token', last='last')[key]} value"

@@ -307,6 +307,7 @@ def real_text():
     for name, (every, left_out) in data["yardsticks"].items():
         of_all = data["yardsticks_of_all"][name]
         yield row(name, *(f"{x:.3f}" for x in (every, left_out, *of_all)))
+    yield f"missed by {0.88 - float(cell('tau', 'mean', 0)[:5]):.3f}"
     gvms = [run for run in data["runs"] if not run["arm"].startswith("pairs")]
     yield f"right in {np.mean([run['last'][0] for run in gvms]):.2f} of the pairs"
     correlation = np.mean([run["v0_correlation"] for run in gvms if "v0_correlation" in run])
