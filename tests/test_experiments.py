@@ -1,12 +1,14 @@
+import argparse
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import PROMPT, RL, close, example_frame, path, script, tiny_gpt2, world
+from helpers import PROMPT, RL, close, example_frame, path, script, tiny_gpt2, tiny_llama, world
 
 import common
+import train_gvm
 from data import toy
 
 
@@ -104,3 +106,57 @@ def test_dvpo_learns_behind_exact_values():
     with open(path("exact/metrics.jsonl")) as f:
         rows = [json.loads(line) for line in f]
     assert rows[0]["ratio_first"] == 1.0 and rows[-1]["gold"] > rows[0]["gold"] + 0.2, rows
+
+
+def test_real_text_pairs_by_hand():
+    from experiments import real_text
+
+    about = ("a", "x", 1.0), ("a", "jina-chat", 0.0), ("a", "x", 0.05), ("b", "x", -1.0), ("b", "y", 1.0)
+    rows = [dict(prompt=prompt, policy=policy, reward=reward) for prompt, policy, reward in about]
+    numbers = 3, 2, 2, 0, 0                             # a: two right pairs, one too close; b: a tie
+    counts = real_text.right_pairs(rows, numbers)
+    close(counts, [[[2, 2], [1, 1]], [[0.5, 1], [0, 0]]])
+    close(real_text.accuracies(counts), [2.5 / 3, 1])
+    table4, pairs = train_gvm.table4(rows, [(None, np.array([0.0, x])) for x in numbers], real_text.MIN_GAP)
+    assert pairs == 3 and abs(table4["mean"] - 2.5 / 3) < 1e-9
+
+
+def test_real_text_gain_by_hand():
+    """Two prompts of one pair: better on the first, equal on the second. Drawn anew: 0, 1/2 or 1."""
+    from experiments import real_text
+
+    right, wrong = np.array([[1, 1], [1, 1]]), np.array([[0, 1], [0, 1]])
+    found = real_text.gain([np.array([right, right])], [np.array([wrong, right])])
+    close(found["mean"], [0.5, 0.5])
+    close(found["low"], [0, 0])
+    close(found["high"], [1, 1])
+
+
+class Taus(common.Rows):
+    tau = common.Rows.draw
+
+
+def test_real_text_values_behind_a_tau_that_is_read_once():
+    """Against train_gvm.py, which reads every row whole."""
+    from experiments import real_text
+
+    tok, model = toy.tokenizer(), tiny_llama()
+    model.add_adapter("gvm", 4, 8)
+    model.add_head("gvm", sees_token=True)
+    with torch.no_grad():
+        for p in model.adapter_parameters("gvm").values():
+            p.normal_(0, 0.3)
+    said = "the soup was great .", "the soup was not kind . the staff was rude .", "the wine was cold ."
+    rows = [dict(prompt=PROMPT, response=text, reward=0.0, policy=policy)
+            for text, policy in zip(said, "xyx", strict=True)]
+    tau = [dict(rows[i], prompt="review the wine .", response=f"the room was {word} .")
+           for i, word in ((0, "kind"), (1, "rude"))]
+    meta = dict(name="gvm", tau_pairs=1, max_length=128, tau_length=16)
+    got = real_text.row_values(model, tok, common.Rows(rows), Taus(tau), meta, seed=1)
+    with torch.no_grad():
+        args = argparse.Namespace(**meta)
+        whole = train_gvm.token_values(model, tok, rows, [tau[:1], tau[1:], tau[:1]], args, "cpu")
+        bare = train_gvm.token_values(model, tok, rows, [[], [], []], args, "cpu")
+    for own, (_, values), (_, without) in zip(got, whole, bare, strict=True):
+        close(own, values, 1e-4)
+        assert abs(values - without).max() > 1e-2       # the tau is seen
