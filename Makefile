@@ -88,9 +88,9 @@ test: .venv/ready       ## the smoke test, then all tests
 	$(PY) test_smoke.py
 	$(PY) -m pytest -n 2 tests
 
-lint: .venv/ready       ## ruff, and the line counts that keep the code readable
+lint: .venv/ready       ## ruff, and how dense the code is
 	.venv/bin/ruff check .
-	$(PY) tests/line_counts.py
+	$(PY) tests/density.py
 
 results-check: .venv/ready      ## the numbers of the docs against results/
 	$(PY) experiments/results_check.py

@@ -67,11 +67,12 @@ def heldout_loss(run, policy, tok, rows):
     count = torch.zeros((), device=run.device)
     stride = args.batch_size * run.world
     for start in range(0, len(rows), stride):
-        index = range(start + run.rank, start + stride, run.world)      # every rank has as many rows
+        # Every rank has as many rows: the last ones wrap around, and count once
+        index = range(start + run.rank, start + stride, run.world)
         alone = [common.pack(tok, rows[j % len(rows)], [], args.max_length, 0) for j in index]
         ids, attn, mask = common.packed_frame(alone, run.device)
         is_new = torch.tensor([j < len(rows) for j in index], device=run.device)
-        mask = mask & is_new[:, None]                                   # no row counts twice
+        mask = mask & is_new[:, None]
         total -= (policy(ids, attn, mask.shape[1]) * mask).sum()
         count += mask.sum()
     return (run.sum(total) / run.sum(count).clamp(min=1)).item()
@@ -83,9 +84,11 @@ def sample_gold(run, actor, tok, rows, reward, n=256):
     from transformers import GenerationConfig
 
     args = run.args
+    end_ids = actor.end_ids(tok).tolist()
     plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.eos_token_id,
-                             eos_token_id=actor.end_ids(tok).tolist(), max_new_tokens=args.max_new_tokens)
-    own = actor.lm.generation_config                    # it would fill gaps in `plain`
+                             eos_token_id=end_ids, max_new_tokens=args.max_new_tokens)
+    # The model's own configuration would fill what `plain` leaves open
+    own = actor.lm.generation_config
     actor.lm.generation_config = plain
     scores = []
     stride = args.batch_size * run.world
@@ -94,8 +97,8 @@ def sample_gold(run, actor, tok, rows, reward, n=256):
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
         prompt_ids = [common.encode_prompt(tok, p, args.max_length // 2) for p in prompts]
         ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), run.device)
-        sampled = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)[:, ids.shape[1]:]
-        texts = tok.batch_decode(sampled, skip_special_tokens=True)
+        whole = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)
+        texts = tok.batch_decode(whole[:, ids.shape[1]:], skip_special_tokens=True)
         scores += [reward(p, text) for p, text in zip(prompts, texts, strict=True)]
     actor.lm.generation_config = own
     return common.mean_over_ranks(dict(gold=sum(scores) / len(scores)))["gold"]
@@ -103,6 +106,8 @@ def sample_gold(run, actor, tok, rows, reward, n=256):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    # Data: every line is checked before anything is trained
     tok = common.load_tokenizer(args.init_from)
     train = common.Rows(common.read_rows(args.data, ["prompt", "response"], tok=tok))
     heldout = common.read_rows(args.heldout, ["prompt", "response"], tok=tok)
@@ -110,21 +115,27 @@ def main(argv=None):
     prompts = common.read_rows(args.prompts, ["prompt"], tok=tok) if reward else None
     common.check_lengths(train, lambda row: common.encode_whole(tok, row), args.max_length)
     run = common.Run(args, "sft", show=("loss", "lr"))
+
+    # The model, whole; DeepSpeed over it
     model = common.load_model(args.init_from, args)
     rows_per_pass = args.batch_size // args.grad_accum
     run.plan_memory({"policy": model}, rows_per_pass, args.max_length, args.max_length)
-    policy = run.engine("policy", model, args.lr, rows_per_pass, args.grad_accum, decodes=bool(reward))
-    steps = args.max_steps or math.ceil(args.epochs * len(train) / (args.batch_size * run.world))
+    policy = run.engine(
+        "policy", model, args.lr, rows_per_pass, args.grad_accum, decodes=bool(reward))
+    rows_per_update = args.batch_size * run.world            # all ranks together
+    steps = args.max_steps or math.ceil(args.epochs * len(train) / rows_per_update)
     run.resume()
 
     policy.train()
     for step in run.steps(steps):
-        # 1. Batch: rows, each after --pack others of its policy; similar lengths side by side, less padding
+        # 1. Batch: rows, each after --pack others of its policy. Similar lengths stand side by side:
+        #    less padding
         sequences = []
         for i in run.batch(len(train), args.batch_size, step):
             rng = np.random.default_rng([args.seed, step, i])
             before = train.draw(train[i].get("policy"), train[i]["prompt"], args.pack, rng)
-            sequences.append(common.pack(tok, train[i], before, args.max_length, args.tau_length))
+            sequence = common.pack(tok, train[i], before, args.max_length, args.tau_length)
+            sequences.append(sequence)
         ids, attn, mask = common.packed_frame(sequences, run.device)
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = (x[order] for x in (ids, attn, mask))
@@ -132,13 +143,13 @@ def main(argv=None):
             return run.show_batch(tok, ids, attn, mask, steps)
         n_tokens = run.sum(mask.sum())
 
-        # 2. Update
+        # 2. Update: the mean over the tokens of all passes and ranks, which DeepSpeed divides by
         lr = args.lr * cosine(step, steps, args.warmup_steps)
         run.set_lr(policy, lr)
         loss = torch.zeros((), device=run.device)
         for m in torch.arange(args.batch_size).split(rows_per_pass):
             loss_m = sft_loss(policy(ids[m], attn[m], mask.shape[1]), mask[m], n_tokens)
-            policy.backward(loss_m * args.grad_accum * run.world)       # DeepSpeed divides by both
+            policy.backward(loss_m * args.grad_accum * run.world)
             policy.step()
             loss += loss_m.detach()
 
@@ -154,7 +165,8 @@ def main(argv=None):
         summary["gold"] = sample_gold(run, run.actor(model), tok, prompts, reward)
         gold = f", gold reward of samples {summary['gold']:.3f}"
     run.write("summary.json", summary)
-    run.say(f"held-out loss {summary['heldout_loss']:.4f} nats per token{gold}; wrote {args.out}/model")
+    loss = f"held-out loss {summary['heldout_loss']:.4f} nats per token"
+    run.say(f"{loss}{gold}; wrote {args.out}/model")
 
 
 if __name__ == "__main__":

@@ -94,10 +94,12 @@ def td_targets(q, score, gamma, lam):
     Where a response ends the target is its reward; before, gamma ((1 - lam) q[t+1] + lam target[t+1]):
     lam = 0 is eq. (1), lam = 1 the discounted reward. Nothing passes from a response to the one before it.
     """
-    targets, target = torch.zeros_like(q), q[:, -1]
+    targets = torch.zeros_like(q)
+    target = q[:, -1]
     for t in reversed(range(q.shape[1])):
         if t + 1 < q.shape[1]:
             target = gamma * ((1 - lam) * q[:, t + 1] + lam * target)
+        # At the end of a response the reward replaces what came from the response behind it
         target = torch.where(score[:, t].isnan(), target, score[:, t])
         targets[:, t] = target
     return targets
@@ -127,7 +129,8 @@ class Labelled(common.Rows):
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
             lines = common.read_rows(path, *kinds, tok=tok)
-            labelled = all(set(kinds[0]) <= set(line) for line in lines)    # pairs may have a reward, too
+            # By the keys of all lines: pairs may have a reward, too
+            labelled = all(set(kinds[0]) <= set(line) for line in lines)
             for line in lines:
                 if labelled:
                     rows.append(dict(line, policy=line.get("policy")))
@@ -156,7 +159,8 @@ def training_frame(sequences, device):
     each beside them; score is for td_targets.
     """
     ids, attn, mask = common.packed_frame(sequences, device)
-    after, before = F.pad(mask, (1, 0)), F.pad(mask, (0, 1))       # states after and before a response token
+    after = F.pad(mask, (1, 0))                                 # states after a response token
+    before = F.pad(mask, (0, 1))                                # states before one
     score = torch.full(after.shape, math.nan, device=device)
     rewards = [row["reward"] for _, spans in sequences for row, _, _ in spans]
     score[after & ~before] = torch.tensor(rewards, device=device)
@@ -174,14 +178,17 @@ def token_values(gvm, tok, rows, taus, args, device, batch=32):
         begin = spans[-1][1]
         prompts.append(ids[:begin])
         responses.append(ids[begin:])
-    values, step = torch.zeros(len(rows), args.max_length + 1, device=device), batch * common.world()
-    for i in common.Progress(range(0, len(rows), step), desc="values", leave=False):
-        own = range(i + common.rank(), i + step, common.world())       # as many on every rank: wraps around
-        some_prompts, some_responses = ([x[j % len(rows)] for j in own] for x in (prompts, responses))
+    values = torch.zeros(len(rows), args.max_length + 1, device=device)
+    stride = batch * common.world()
+    for start in common.Progress(range(0, len(rows), stride), desc="values", leave=False):
+        # Every rank has as many rows: the last ones wrap around, and are not kept
+        index = range(start + common.rank(), start + stride, common.world())
+        some_prompts = [prompts[j % len(rows)] for j in index]
+        some_responses = [responses[j % len(rows)] for j in index]
         ids, attn, mask = common.frame(some_prompts, some_responses, device)
         q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm")
-        own = [j for j in own if j < len(rows)]
-        values[own, :q.shape[1]] = q[:len(own)]
+        kept = [j for j in index if j < len(rows)]
+        values[kept, :q.shape[1]] = q[:len(kept)]
     values = common.all_sum(values).cpu().numpy()
     return [(r, v[:len(r) + 1]) for r, v in zip(responses, values, strict=True)]
 
@@ -254,7 +261,7 @@ def against_truth(tok, data, values, spec):
         try:
             truth += [true_q(row["prompt"], prefix, row["policy"]) for prefix in prefixes]
             q += list(value)
-        except KeyError:                                        # a policy whose true value is not known
+        except KeyError:                    # a policy whose true value is not known
             pass
     rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
     return dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
@@ -300,6 +307,8 @@ def show(run, gvm, tok, prompt, response, tau):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    # Data: every line is checked before anything is trained
     tok = common.load_tokenizer(args.init_from)
     data = Labelled([args.heldout] if args.show else args.data, tok)
     run = common.Run(args, "gvm", show=("loss", "q_mean", "q_std"))
@@ -320,7 +329,7 @@ def main(argv=None):
     run.say(f"{len(data)} rows, reward {np.mean(rewards):.3f} on average, sigma {np.std(rewards):.3f}; "
             f"{cut:.0%} of the answers never end")
     common.check_lengths(data, lambda row: common.encode_whole(tok, row), args.max_length)
-    if set(data.by_policy) == {None}:                           # no names, no tau: dvpo.py must not use one
+    if set(data.by_policy) == {None}:       # no names, no tau: dvpo.py must not use one
         args.tau_pairs = 0
 
     # The value model is an adapter and a head on the frozen SFT model.
@@ -329,7 +338,8 @@ def main(argv=None):
     rows_per_pass = args.batch_size // args.grad_accum
     run.plan_memory({"trunk, GVM": gvm}, rows_per_pass, args.max_length)
     engine = run.engine("gvm", gvm, args.lr, rows_per_pass, args.grad_accum)
-    steps = args.max_steps or math.ceil(args.epochs * len(data) / (args.batch_size * run.world))
+    rows_per_update = args.batch_size * run.world               # all ranks together
+    steps = args.max_steps or math.ceil(args.epochs * len(data) / rows_per_update)
     state = run.resume()
     running = state["running"].to(device) if state else None   # moments of Q in the last updates
 
@@ -341,26 +351,28 @@ def main(argv=None):
             rng = np.random.default_rng([args.seed, step, i])
             tau = data.tau(data[i]["policy"], data[i]["prompt"], args.tau_pairs, rng)
             sequences.append(common.pack(tok, data[i], tau, args.max_length, args.tau_length))
-        if not args.batch_norm:                                 # which needs random micro-batches
+        if not args.batch_norm:             # which needs random micro-batches
             sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask, states, score = training_frame(sequences, device)
         if args.dry_run:
             return run.show_batch(tok, ids, attn, mask, steps)
         n_states = run.sum(states.sum())
 
-        # 2. Update: squared TD errors of all states, eq. (1)
+        # 2. Update: squared TD errors, eq. (1), a mean over the states of all passes and ranks, which
+        #    DeepSpeed divides by
         run.set_lr(engine, args.lr * (1 - step / steps))
         loss = torch.zeros((), device=device)
         q = []
         for m in torch.arange(args.batch_size).chunk(args.grad_accum):
             q_m = engine(ids[m], attn[m], mask.shape[1], adapter="gvm", head="gvm")
             loss_m = gvm_loss(q_m, score[m], states[m], args) / n_states
-            engine.backward(loss_m * args.grad_accum * run.world)          # DeepSpeed divides by both
+            engine.backward(loss_m * args.grad_accum * run.world)
             engine.step()
             loss += loss_m.detach()
             q.append(q_m.detach())
 
-        # 3. Moments of Q over response tokens, a mean of about the last five updates; log
+        # 3. Moments of Q over response tokens, a mean of about the last five updates: dvpo.py divides by
+        #    no smaller sigma. Log
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else running.lerp(moments, 0.2)
         q_mean, q_std = moments
@@ -370,8 +382,9 @@ def main(argv=None):
     # 4. Save, measure
     engine.eval()
     q_mean, q_std = running.tolist()
-    about = {key: getattr(args, key) for key in ("tau_pairs", "tau_length", "max_length", "init_from")}
-    about |= dict(missing_eos_penalty=penalty, q_mean=q_mean, q_std=q_std,         # in units of reward
+    keys = ("tau_pairs", "tau_length", "max_length", "init_from")
+    about = {key: getattr(args, key) for key in keys}
+    about |= dict(missing_eos_penalty=penalty, q_mean=q_mean, q_std=q_std,
                   reward_mean=float(np.mean(rewards)), reward_std=float(np.std(rewards)))
     common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **about)
     evaluate(run, engine, tok, heldout)
