@@ -29,6 +29,7 @@ PPO_VALUE = ["--pairs", *PAIRS]
 RUNS = {
     "dvpo": ("dvpo.py", [], [1, 2, 3]),
     "ppo": ("ppo_baseline.py", PPO_VALUE, [1, 2, 3]),
+    "ppo_gvm_frozen": ("ppo_baseline.py", [*PPO_VALUE, "--critic-from", "gvm", "--freeze-critic"], [1]),
     "dvpo_no_tau": ("dvpo.py", ["--tau-pairs", "0"], [1]),
     "dvpo_lora": ("dvpo.py", ["--lora", "--lr", "1e-4"], [1]),
     "grpo": ("comparators/grpo.py", ["--group-size", "4", "--scale", "none", "--loss-mean", "token",
@@ -38,7 +39,8 @@ RUNS = {
     "dvpo_from_0.5": ("dvpo.py", ["--kl-coef", "0.5"], [1]),
 }
 TITLES = {
-    "dvpo": "DVPO", "ppo": "PPO", "dvpo_no_tau": "DVPO, no tau", "dvpo_lora": "DVPO `--lora`",
+    "dvpo": "DVPO", "ppo": "PPO", "ppo_gvm_frozen": "PPO, the frozen GVM its critic",
+    "dvpo_no_tau": "DVPO, no tau", "dvpo_lora": "DVPO `--lora`",
     "grpo": "GRPO", "dpo": "DPO", "dvpo_from_0.05": "DVPO, kl_coef from 0.05",
     "dvpo_from_0.5": "DVPO, kl_coef from 0.5",
 }
@@ -135,18 +137,25 @@ def headline(data):
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def gvm_about(name):
+    """A GVM: updates, seconds, sigma of its values in the last one, and what it tells of held-out rows."""
+    with open(f"{OUT}/{name}/eval.json") as f:
+        found = json.load(f)
+    rows = read_lines(f"{OUT}/{name}/metrics.jsonl")
+    return dict(updates=len(rows), q_std=rows[-1]["q_std"], accuracy=found["accuracy"],
+                policies=found["policies"], v0=found["v0_correlation"])
+
+
 def value_seconds():
     """Seconds of training of the GVM and of the reward model, and how well they tell held-out pairs."""
-    with open(f"{OUT}/gvm/eval.json") as f:
-        gvm = json.load(f)
     with open(f"{OUT}/rm/model/adapter.json") as f:
         rm = json.load(f)
     with open(f"{OUT}/gvm/model/adapter.json") as f:
         penalty = json.load(f)["missing_eos_penalty"]
     return dict(penalty=penalty, gvm_seconds=read_lines(f"{OUT}/gvm/metrics.jsonl")[-1]["seconds"],
                 rm_seconds=read_lines(f"{OUT}/rm/metrics.jsonl")[-1]["seconds"],
-                gvm=dict(accuracy=gvm["accuracy"], policies=gvm["policies"], v0=gvm["v0_correlation"]),
-                rm_accuracy=rm["accuracy"])
+                gvm=gvm_about("gvm"), rm_accuracy=rm["accuracy"],
+                **({"paper": gvm_about("gvm_paper")} if os.path.exists(f"{OUT}/gvm_paper/eval.json") else {}))
 
 
 def report(dtype):
@@ -182,10 +191,17 @@ def report(dtype):
              f"commit {commit()}. ± is the 95 % interval over seeds. Seconds per step: the lower quartile, "
              "since other programs ran beside some of the steps.", "", "## Held-out topics", "",
              *table(names, cells)]
-    cells = [["GVM", f"{value['gvm_seconds']:.0f}", f"{value['gvm']['accuracy']['mean']:.3f}",
-              f"{value['gvm']['accuracy']['last']:.3f}", f"{value['gvm']['v0']:.3f}"],
-             ["reward model", f"{value['rm_seconds']:.0f}", "", f"{value['rm_accuracy']:.3f}", ""]]
-    names = ["", "seconds", "pairs, mean token value", "pairs, last token",
+    cells = []
+    for name, seconds in ("gvm", f"{value['gvm_seconds']:.0f}"), ("paper", ""):
+        if name in value:
+            gvm = value[name]
+            accuracy = [f"{gvm['accuracy'][key]:.3f}" for key in ("mean", "last")]
+            title = dict(gvm="GVM", paper="GVM at the paper's lr 2e-6, rank 8")[name]
+            spread = f"{gvm['q_std']:.3f}"
+            cells.append([title, gvm["updates"], seconds, spread, *accuracy, f"{gvm['v0']:.3f}"])
+    seconds = f"{value['rm_seconds']:.0f}"
+    cells.append(["reward model", "", seconds, "", "", f"{value['rm_accuracy']:.3f}", ""])
+    names = ["", "updates", "seconds", "sigma of Q", "pairs, mean token value", "pairs, last token",
              "correlation of V(s_0 | tau) with mean rewards"]
     lines += ["", "## What gives the value", "", *table(names, cells)]
     cells = []

@@ -207,7 +207,8 @@ def test_merged_adapter():
     ids, attn, _ = common.frame(prompts, [[], []])
     args.temperature = 1e-6
     want = common.Decoder(model, ids, attn, "policy").logits
-    with graphs.merged(model, "policy"):
+    with graphs.merged(model, "policy", args) as left:
+        assert left is None
         close(common.Decoder(model, ids, attn).logits, want, 1e-4)
         assert (common.Decoder(model, ids, attn, "policy").logits - want).abs().max() > 0.01      # twice
     active = []
@@ -217,9 +218,9 @@ def test_merged_adapter():
             with contextlib.suppress(AttributeError):
                 dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
     assert active == [None, "policy"]                   # --gradient-checkpointing: memory before speed
+    plain = dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
     del args.gradient_checkpointing
     out = dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
-    plain = dvpo.rollout.__wrapped__.__wrapped__(model, prompts, tok, args, "cpu", "policy")
     assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))         # greedy: the same tokens
     for key, p in model.named_parameters():
         assert torch.equal(p, own[key]), key
