@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 # isort: off
-# runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
+# runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X
 from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
 from runtime.graphs import StaticDecoder, merged, static_decoder
@@ -50,8 +50,8 @@ hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
 DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.json")
 
-# ------------------------------------------------------------------------------------------------------------
-# Presets and flags. PAPER holds appendix A's hyper-parameters, TINY what the embedded world needs instead.
+# --------------------------------------------------------------------------------------------
+# Presets and flags. PAPER holds appendix A's hyper-parameters, TINY what the toy needs instead.
 
 PAPER = {
     "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024,
@@ -106,32 +106,40 @@ def flags(doc, argv, *stages):
     """-> the parser with the flags that every stage has, and the defaults of the --model that argv names: of
     PRESETS, or the paper's for a hub id or local folder."""
     p = argparse.ArgumentParser(description=doc, formatter_class=Help)
-    p.add_argument("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or local folder")
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+    presets = ", ".join(PRESETS)
+    p.add_argument("--model", default="tiny", help=f"preset ({presets}), hub id or local folder")
+    words = sys.argv[1:] if argv is None else argv
+    words = [word for word in words if word not in ("-h", "--help")]
     model = p.parse_known_args(words)[0].model
     out = f"out/{os.path.basename(os.path.normpath(model))}"
-    preset = dict(id=model, data="data/ultrafeedback", zero=1, stages={}, reward=None, true_q=None)
+    preset = dict(id=model, data="data/ultrafeedback", zero=1, stages={})
+    preset |= dict(reward=None, true_q=None)
     preset |= dict(start=f"{out}/sft/model")            # what the stages after SFT start from
     preset |= PRESETS.get(model, {})
     d = argparse.Namespace(out=out, cuda=CUDA, **preset)
     for stage in stages:
         vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
-    context = positions(d.id)                           # defaults must fit into it
-    for key, share in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):      # the rest: tau
+
+    # The defaults must fit into the model's positions: a quarter for the prompt, half for the answer,
+    # the rest for tau
+    context = positions(d.id)
+    for key, share in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):
         if vars(d).get(key, 0) > context // share:
             setattr(d, key, context // share)
             if os.environ.get("RANK", "0") == "0":
-                print(f"{d.id} has {context} positions: {key} is {context // share}", file=sys.stderr)
-    p.add_argument("--seed", type=int, default=1, help="seed of shuffling and sampling")
-    p.add_argument("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
-    p.add_argument("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
-    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
-    p.add_argument("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
-    p.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
-    p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    p.add_argument("--ds-config", default=DS_CONFIG, help="DeepSpeed's settings")
-    p.add_argument("--dry-run", action="store_true", help="print memory, steps and the first batch, then end")
-    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)     # from the launcher
+                line = f"{d.id} has {context} positions: {key} is {context // share}"
+                print(line, file=sys.stderr)
+    flag = p.add_argument
+    flag("--seed", type=int, default=1, help="seed of shuffling and sampling")
+    flag("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
+    flag("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
+    flag("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    flag("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
+    flag("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
+    flag("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    flag("--ds-config", default=DS_CONFIG, help="DeepSpeed's settings")
+    flag("--dry-run", action="store_true", help="print memory, steps, the first batch; then end")
+    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)       # from the launcher
     return p, d
 
 
@@ -143,11 +151,13 @@ def parse(p, argv):
                 "mini_batch_size grad_accum")
     for name, value in vars(args).items():
         least = "above 0" if name in positive.split() else "0 or above"
-        if type(value) in (int, float) and (not 0 <= value < math.inf or (value == 0 and least == "above 0")):
+        is_number = type(value) in (int, float)
+        if is_number and (not 0 <= value < math.inf or (value == 0 and least == "above 0")):
             die(f"--{name.replace('_', '-')} {value}: must be a number {least}")
     rows = getattr(args, "mini_batch_size", 1) * args.grad_accum
     if args.batch_size % rows:
-        die(f"--batch-size {args.batch_size}: must be a multiple of {rows}: --grad-accum, --mini-batch-size")
+        die(f"--batch-size {args.batch_size}: must be a multiple of {rows}: --grad-accum, "
+            "--mini-batch-size")
     if args.offload and not args.zero:
         die("--offload: needs --zero 1, 2 or 3")
     if args.dry_run:                                    # leaves what is in --out as it is
@@ -155,7 +165,7 @@ def parse(p, argv):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Models: a causal LM with named LoRA adapters and named scalar heads
 
 
@@ -171,8 +181,13 @@ class LoRA(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.active, self.transposed = base, None, isinstance(base, Conv1D)      # Conv1D: GPT-2
-        self.A, self.B, self.scale, self.dropout = nn.ModuleDict(), nn.ModuleDict(), {}, {}
+        self.base = base
+        self.active = None
+        self.transposed = isinstance(base, Conv1D)      # GPT-2's projections
+        self.A = nn.ModuleDict()
+        self.B = nn.ModuleDict()
+        self.scale = {}
+        self.dropout = {}
 
     def add(self, name, r, alpha, dropout):
         w = self.base.weight
@@ -210,7 +225,8 @@ class Head(nn.Linear):
     """Scalar head in fp32, whatever the trunk's dtype: bf16 rounds away Q's steps from token to token."""
 
     def forward(self, h):
-        return F.linear(h.float(), self.weight.float(), self.bias.float())      # a critic's may be bf16
+        # A critic's head is bf16, as DeepSpeed casts whole models
+        return F.linear(h.float(), self.weight.float(), self.bias.float())
 
 
 class LM(nn.Module):
@@ -227,7 +243,8 @@ class LM(nn.Module):
         """LoRA on every linear projection of the text model's blocks, whatever the architecture."""
         decoder = self.lm.get_decoder()
         for path, layer in list(decoder.named_modules()):
-            if isinstance(layer, (nn.Linear, Conv1D)) and not re.search(r"\.(base|[AB]\.\w+)$", path):
+            part_of_lora = re.search(r"\.(base|[AB]\.\w+)$", path)
+            if isinstance(layer, (nn.Linear, Conv1D)) and not part_of_lora:
                 decoder.set_submodule(path, LoRA(layer))
         for layer in self.lora_layers():
             layer.add(name, r, alpha, dropout)
@@ -254,8 +271,10 @@ class LM(nn.Module):
 
     def adapter_parameters(self, name):
         """{key: parameter} of the adapter and the head of that name."""
-        parts = f".A.{name}.", f".B.{name}.", f"heads.{name}."
-        return {key: p for key, p in self.named_parameters() if any(part in key for part in parts)}
+        def is_own(key):
+            return any(part in key for part in (f".A.{name}.", f".B.{name}.", f"heads.{name}."))
+
+        return {key: p for key, p in self.named_parameters() if is_own(key)}
 
     def lora_layers(self):
         return [m for m in self.modules() if isinstance(m, LoRA)]
@@ -285,8 +304,10 @@ class LM(nn.Module):
 
         At ZeRO-3 one weight at a time is gathered, so all ranks must enter; without `keep` the dict is empty.
         """
-        lora = {f"{path}.base.weight": m for path, m in self.lm.named_modules() if isinstance(m, LoRA)}
-        state, copies = {}, {}
+        modules = self.lm.named_modules()
+        lora = {f"{path}.base.weight": m for path, m in modules if isinstance(m, LoRA)}
+        state = {}
+        copies = {}                                     # of tied weights, which stay one
         for key, p in self.lm.state_dict(keep_vars=True).items():
             if re.search(r"\.[AB]\.\w+\.weight$", key):
                 continue
@@ -296,7 +317,7 @@ class LM(nn.Module):
                 if keep:
                     w = (p.float() + layer.delta(adapter)).to(p.dtype) if layer else p
                     w = w.detach().to("cpu", copy=hasattr(p, "ds_id"))
-                    state[key.replace(".base.", ".")] = copies.setdefault(id(p), w)     # tied ones stay one
+                    state[key.replace(".base.", ".")] = copies.setdefault(id(p), w)
         return state
 
     def hidden(self, ids, attn, T, cache=None):
@@ -308,8 +329,10 @@ class LM(nn.Module):
         L, left, length = ids.shape[1], attn.argmax(1, keepdim=True), int(attn.sum(1).max())
         positions = torch.arange(length, device=ids.device)
         ids = ids.gather(1, (positions + left).clamp(max=L - 1))
-        h = self.lm.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
-        at = (torch.arange(L - T - 1, L, device=ids.device) - left).clamp(0, length - 1)       # (B, T+1)
+        decoder = self.lm.get_decoder()
+        h = decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
+        frame_positions = torch.arange(L - T - 1, L, device=ids.device)
+        at = (frame_positions - left).clamp(0, length - 1)              # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
     def end_ids(self, tok):
@@ -321,8 +344,10 @@ class LM(nn.Module):
 
     def logits(self, h):
         """(N, D) -> (N, V), with the scale (Cohere, Granite) or cap (Gemma 2) of the configuration."""
-        config, logits = self.lm.config.get_text_config(), self.lm.get_output_embeddings()(h)
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        config = self.lm.config.get_text_config()
+        logits = self.lm.get_output_embeddings()(h)
+        divisor = getattr(config, "logits_scaling", None) or 1
+        scale = getattr(config, "logit_scale", None) or 1 / divisor
         logits = logits if scale == 1 else logits * scale
         cap = getattr(config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -337,12 +362,15 @@ class LM(nn.Module):
         sees_token = head is not None and self.heads[head].sees_token
         h = self.hidden(ids, attn, T + sees_token, cache)
         if sees_token:
-            token = self.token_embedding(ids[:, -T - 1:]).detach() * self.heads[head].token_scale
+            token = self.token_embedding(ids[:, -T - 1:]).detach()
+            token = token * self.heads[head].token_scale
             h = torch.cat([h[:, 1:], h[:, :-1] * token], -1)            # (B, T+1, 2 D)
         if head is not None:
             return self.heads[head](h).squeeze(-1)
-        real = attn[:, -T:].flatten().nonzero().squeeze(1)      # lm_head, most expensive, sees no padding
-        h, targets = h[:, :-1].flatten(0, 1)[real], ids[:, -T:].flatten()[real]
+        # lm_head, the most expensive layer, sees no padding
+        real = attn[:, -T:].flatten().nonzero().squeeze(1)
+        targets = ids[:, -T:].flatten()[real]
+        h = h[:, :-1].flatten(0, 1)[real]
         sharded = hasattr(self.lm.get_output_embeddings().weight, "ds_id")
         logp = token_logp(h, targets, self.logits, temperature, sharded)
         return logp.new_zeros(len(ids) * T).index_copy(0, real, logp).view(-1, T)
@@ -367,7 +395,8 @@ class TokenLogp(torch.autograd.Function):
     def backward(ctx, grad):
         logits, targets, lse = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
-        p = logits.float().div_(ctx.temperature).sub_(lse[:, None]).exp_().mul_(-grad)      # fp32: in place
+        # -grad softmax(logits / temperature), one tensor in fp32 and in place
+        p = logits.float().div_(ctx.temperature).sub_(lse[:, None]).exp_().mul_(-grad)
         return logits.copy_(p.scatter_add_(1, targets[:, None], grad)).detach(), None, None
 
 
@@ -378,7 +407,8 @@ def token_logp(hidden, targets, logits, temperature=1.0, sharded=False):
     A single chunk is kept instead, as its backward pass would hold it anyway.
     """
     n = max(1, -(-len(targets) // CHUNK))
-    n = all_max(n) if sharded else n                    # ZeRO-3 gathers the head at each call, on all ranks
+    if sharded:                                         # ZeRO-3 gathers the head at each call: as many calls
+        n = all_max(n)
 
     def logp(h, y):
         return TokenLogp.apply(logits(h), y, temperature)
@@ -392,7 +422,8 @@ def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kw
     """model's forward on `size` rows at a time, in this order -> (B, ...) in the rows' own order."""
     parts = []
     for rows in order.split(size):
-        parts.append(model(ids[rows], attn[rows], T, cache=prefix and prefix(len(rows)), **kwargs))
+        cache = prefix and prefix(len(rows))
+        parts.append(model(ids[rows], attn[rows], T, cache=cache, **kwargs))
     return torch.cat(parts)[order.argsort()]
 
 
@@ -499,13 +530,14 @@ def draw(p, u, size=256):
 @torch.no_grad()
 def check_model(model, path):
     """Refuse an architecture whose log-probs differ: by transformers, by LM.forward, or in a rollout."""
-    ids = torch.arange(1, 17, device=model.lm.device)[None] % model.lm.config.get_text_config().vocab_size
+    words = model.lm.config.get_text_config().vocab_size
+    ids = torch.arange(1, 17, device=model.lm.device)[None] % words
     attn = torch.ones_like(ids)
     plain = model.lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
     plain = plain.gather(-1, ids[:, 1:, None])[..., 0]
     tolerance = plain.abs().max() * (0.05 if model.lm.dtype == torch.bfloat16 else 0.001)
     if (plain - model(ids, attn, 15)).abs().max() > tolerance:
-        die(f"{path}: this architecture changes the logits after its head; add that to LM.logits first")
+        die(f"{path}: this architecture changes the logits after its head; add that to LM.logits")
     attn[:, :4] = 0                                     # padding; then 8 tokens as prompt, 4 as response
     decode, decoded = Decoder(model, ids[:, :12], attn[:, :12]), []
     for token in ids[0, 12:]:
@@ -521,16 +553,19 @@ def load_model(path, args=None, trainable=True):
 
     args: --dtype and --gradient-checkpointing of a stage; without them bf16 on CUDA and fp32 on a CPU.
     """
-    dtypes = dict(auto=torch.bfloat16 if CUDA else torch.float32, fp32=torch.float32, bf16=torch.bfloat16)
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16)
+    dtypes["auto"] = torch.bfloat16 if CUDA else torch.float32
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=path.startswith(LOCAL))
         for key, value in vars(config).items():         # rollouts and updates must see the same policy
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        if getattr(config, "activation_function", None) == "gelu_new":      # GPT-2's eight operations, fused
+        # GPT-2's gelu is eight operations; this is the same one, fused
+        if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"
         dtype = dtypes[args.dtype if args else "auto"]
-        lm = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, dtype=dtype)
+        lm = AutoModelForCausalLM.from_pretrained(
+            path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
     lm.requires_grad_(False)                            # a model that also sees keeps its vision tower
@@ -544,7 +579,7 @@ def load_model(path, args=None, trainable=True):
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Statistics over tokens and ranks
 
 
@@ -575,7 +610,7 @@ def adapt_kl_coef(kl_coef, kl, kl_before, target):
     return kl_coef * (1 + 0.1 * min(max(ahead / target - 1, -1), 1))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 # Text to tokens, tokens to the frame: one template for every stage
 
 
@@ -596,7 +631,8 @@ def encode_prompt(tok, prompt, max_length=None):
     Of one that is longer than max_length the middle goes: see cut_prompt.
     """
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    ids = list(encode_messages(tok, tuple((m["role"], only_text(tok, m["content"])) for m in messages)))
+    messages = tuple((m["role"], only_text(tok, m["content"])) for m in messages)
+    ids = list(encode_messages(tok, messages))
     return ids if max_length is None else cut_prompt(tok, ids, max_length)
 
 
@@ -609,7 +645,8 @@ def cut_prompt(tok, ids, max_length):
 @functools.lru_cache(4)
 def prompt_opening(tok):
     """The ids that two prompts have in common at their beginning."""
-    return os.path.commonprefix([list(encode_messages(tok, (("user", text),))) for text in ("a", "b")])
+    prompts = [list(encode_messages(tok, (("user", text),))) for text in ("a", "b")]
+    return os.path.commonprefix(prompts)
 
 
 @functools.lru_cache(1 << 14)                           # prompts recur: as pairs, as tau, in every epoch
@@ -731,8 +768,9 @@ def pack(tok, row, before, max_length, tau_length):
     """
     pairs = [(encode_prompt(tok, r["prompt"]), encode_row(tok, r)) for r in before]
     half = max_length // 2
-    ids, spans = prepend_tau(tok, pairs, encode_prompt(tok, row["prompt"], half), half, tau_length)
-    response = encode_row(tok, row)[:max_length - len(ids)]         # one that is cut here has no eos either
+    prompt = encode_prompt(tok, row["prompt"], half)
+    ids, spans = prepend_tau(tok, pairs, prompt, half, tau_length)
+    response = encode_row(tok, row)[:max_length - len(ids)]         # one that is cut here has no eos
     spans = [(before[k], begin, end) for k, begin, end in spans]
     return ids + response, [*spans, (row, len(ids), len(ids) + len(response))]
 
@@ -742,7 +780,8 @@ def read_pairs(paths, tok, max_length):
     pairs, equal = [], 0
     for path in paths:
         for pair in read_rows(path, ["prompt", "chosen", "rejected"], tok=tok):
-            kept = max_length // 8                      # characters, fewer than the tokens that are left hold
+            # Characters, fewer than the tokens that are left hold: most pairs differ in them
+            kept = max_length // 8
             differ = pair["chosen"][:kept] != pair["rejected"][:kept]
             if not differ:
                 sides = [one_side(pair, side) for side in ("chosen", "rejected")]
@@ -751,7 +790,8 @@ def read_pairs(paths, tok, max_length):
             equal += not differ
             pairs += [pair] if differ else []
     if equal and rank() == 0:
-        print(f"--max-length {max_length}: left out {equal} pairs that it makes equal", file=sys.stderr)
+        line = f"--max-length {max_length}: left out {equal} pairs that it makes equal"
+        print(line, file=sys.stderr)
     if not pairs:
         die(f"{', '.join(paths)}: --max-length {max_length} makes the answers of all pairs equal")
     check_lengths(pairs, lambda pair: encode_whole(tok, one_side(pair, "chosen")), max_length)
@@ -797,7 +837,8 @@ def unpad(ids, mask):
 def sort_by_length(order, attn, size):
     """Row numbers (B,), each optimizer batch of `size` sorted by length: less padding."""
     length = attn.sum(1)
-    return torch.cat([rows[length[rows].argsort(stable=True)] for rows in order.to(attn.device).split(size)])
+    batches = order.to(attn.device).split(size)
+    return torch.cat([rows[length[rows].argsort(stable=True)] for rows in batches])
 
 
 @torch.no_grad()
@@ -819,13 +860,14 @@ def evaluate(run, rollout, model, policy, trunk, tok, rows, reward, adapter=None
         ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, run.device, adapter)
         logp = policy(ids, attn, mask.shape[1], adapter, temperature=args.temperature)
         ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
-        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), length=mask.sum(1).float().mean(),
-                     ended=ended.float().mean())
+        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), ended=ended.float().mean(),
+                     length=mask.sum(1).float().mean())
         texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
         answers = zip(prompts, texts, ended.tolist(), strict=True)
         samples += [dict(prompt=p, response=text, ended=end) for p, text, end in answers]
         if reward:
-            found["gold"] = np.mean([reward(p, text) for p, text in zip(prompts, texts, strict=True)])
+            answers = zip(prompts, texts, strict=True)
+            found["gold"] = np.mean([reward(p, text) for p, text in answers])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / batches
     run.write("summary.json", dict(sums, rollouts=batches * stride, peak_bytes=peak_bytes()))
