@@ -27,7 +27,7 @@ Deviations from the paper
    own prompt. Prompt, response and tau stay within the length that the GVM was trained on.
 5. AdamW with betas (0.9, 0.95) and eps 1e-8: the paper gives none. Batch sizes are per GPU, see sft.py.
 
-    python dvpo.py                                              the embedded world on a CPU
+    python dvpo.py                                              the toy, on a CPU
     python dvpo.py --model llama3-3b --lora                     one GPU
     deepspeed --num_gpus 8 dvpo.py --model llama3-3b            eight
 """

@@ -23,7 +23,7 @@ Choices that the paper leaves open
    in dvpo.py. The KL penalty runs through GAE and is whitened, so that equal coefficients are not equal
    penalties: compare the two methods at one --kl-target.
 
-    python ppo_baseline.py                                          the embedded world on a CPU
+    python ppo_baseline.py                                          the toy, on a CPU
     python ppo_baseline.py --model llama3-3b                        one GPU
     deepspeed --num_gpus 8 ppo_baseline.py --model llama3-3b        eight
 """

@@ -12,7 +12,7 @@ Deviations from the paper
 2. --pack N puts N rows of the same policy (where rows name one) before each, and trains all of them: the
    trunk of train_gvm.py should know conversations that look like a tau.
 
-    python sft.py                                               the embedded world on a CPU
+    python sft.py                                               the toy, on a CPU
     python sft.py --model llama3-3b                             one GPU
     deepspeed --num_gpus 8 sft.py --model llama3-3b             eight
 """

@@ -14,7 +14,7 @@ log-probs of both sides. That of the chosen one falls, too: only the difference 
 
 Deviations: AdamW and linear decay to 0 in place of RMSprop and warm-up, as in the other stages.
 
-    python comparators/dpo.py                                               the embedded world on a CPU
+    python comparators/dpo.py                                               the toy, on a CPU
     python comparators/dpo.py --model llama3-3b --lora                      one GPU
     deepspeed --num_gpus 8 comparators/dpo.py --model llama3-3b             eight
 """

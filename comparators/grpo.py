@@ -21,7 +21,7 @@ Deviations: --loss-mean token divides by the tokens of the batch, Dr. GRPO by a 
 the reward and no clipping. Rewards, --missing-eos-penalty and linear decay are those of ppo_baseline.py.
 
     python ppo_baseline.py --rm-only                                        the reward model
-    python comparators/grpo.py                                              the embedded world on a CPU
+    python comparators/grpo.py                                              the toy, on a CPU
     deepspeed --num_gpus 8 comparators/grpo.py --model llama3-3b            eight GPUs
 """
 import argparse

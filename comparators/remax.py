@@ -19,7 +19,7 @@ Deviations
 2. Rewards, --missing-eos-penalty and linear decay are those of ppo_baseline.py; rewards are not clipped.
 
     python ppo_baseline.py --rm-only                                        the reward model
-    python comparators/remax.py                                             the embedded world on a CPU
+    python comparators/remax.py                                             the toy, on a CPU
     deepspeed --num_gpus 8 comparators/remax.py --model llama3-3b           eight GPUs
 """
 import os

@@ -1,4 +1,4 @@
-"""The embedded world: restaurant reviews whose true reward, and true value of every token, are known exactly.
+"""The toy: restaurant reviews whose true reward, and true value of every token, are known exactly.
 
     prompt    review the soup and the staff .
     response  well , the soup was not awful . the staff was very friendly .
@@ -109,7 +109,7 @@ def requested(prompt):
     prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     nouns = [w for w in prompt.split() if w in NOUNS]
     if len(nouns) != 2:
-        raise ValueError(f"not a prompt of the review world: {prompt!r}")
+        raise ValueError(f"not a prompt of the toy: {prompt!r}")
     return nouns
 
 

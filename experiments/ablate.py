@@ -1,4 +1,4 @@
-"""What each choice is worth on the review world: one change at a time, against the same seeds unchanged.
+"""What each choice is worth on the toy: one change at a time, against the same seeds unchanged.
 
     python data/toy.py && python experiments/seeds.py && python experiments/ablate.py       two hours more
 
@@ -146,7 +146,7 @@ def lines_of(data):
              "difference", "last tenth", "fall", "KL"]
     moved = [f"{name} {np.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})"
              for name, v in data["moved_accuracy"].items()]
-    return ["# Ablations on the review world", "",
+    return ["# Ablations on the toy", "",
             f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
             f"{', '.join(map(str, data['seeds']))}. Every GVM trains for {data['gvm_steps']} steps, every RL "
             f"run has {data['steps']}.", "",

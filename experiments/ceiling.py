@@ -1,4 +1,4 @@
-"""Table 4 of the exact token values on the review world's held-out rows: the most that any GVM which knows
+"""Table 4 of the exact token values on the toy's held-out rows: the most that any GVM which knows
 the policy can reach.
 
     python data/toy.py && python experiments/ceiling.py           prints it, writes results/gvm_ceiling.json

@@ -1,4 +1,4 @@
-"""What is DVPO worth behind a value without error? The review world's exact values in the GVM's place.
+"""What is DVPO worth behind a value without error? The toy's exact values in the GVM's place.
 
     python data/toy.py && python experiments/seeds.py && python experiments/exact.py        20 minutes more
 

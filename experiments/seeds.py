@@ -1,4 +1,4 @@
-"""Several seeds of the whole chain on the review world: SFT -> GVM -> DVPO, and reward model -> PPO.
+"""Several seeds of the whole chain on the toy: SFT -> GVM -> DVPO, and reward model -> PPO.
 
     python data/toy.py && python experiments/seeds.py       five seeds, and tuning on another: 80 minutes
     python experiments/seeds.py --report                    only the tables, from runs that are there
@@ -128,7 +128,7 @@ def report(seeds):
     mean["sft"] = float(np.mean([s["sft"]["gold"] for s in seeds]))
     about = machine("one thread a run", "two runs at a time")
     data = dict(commit=commit(), machine=about, command=command, seeds=seeds, mean=mean)
-    lines = ["# The review world, several seeds", ""]
+    lines = ["# The toy, several seeds", ""]
     lines += [f"Command: `{command}`. Commit {data['commit']}. Machine: {about}.", ""]
     lines += ["final: mean over the last tenth of the steps; best: highest mean over such a window; fall: "
               "from the best to the lowest in the last third; fresh: answers sampled afterwards; KL: nats "

@@ -1,4 +1,4 @@
-"""What would a user pick instead? DPO, ReMax and GRPO beside DVPO and PPO on the review world.
+"""What would a user pick instead? DPO, ReMax and GRPO beside DVPO and PPO on the toy.
 
     python data/toy.py && python experiments/seeds.py && python experiments/side_by_side.py      an hour more
 

@@ -160,7 +160,7 @@ def report(seeds, cosines, back):
     command = f"python experiments/theorem.py --seeds {' '.join(map(str, seeds))}"
     data = dict(command=command, commit=commit(), machine=machine("one thread a training run"), seeds=seeds,
                 rollouts=ROLLOUTS, gradients=cosines, read_back=back)
-    lines = ["# Theorem 3.1 on the review world", "",
+    lines = ["# Theorem 3.1 on the toy", "",
              f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. Seeds "
              f"{', '.join(map(str, seeds))}; mean (smallest to largest). {ROLLOUTS:,} rollouts of the SFT "
              "model per seed; nine passes over the rows. experiments/theorem.py says what is compared.", ""]
