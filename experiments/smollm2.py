@@ -46,6 +46,13 @@ TITLES = {
 }
 
 
+GVMS = {                                                # trained by train_gvm.py with these flags
+    "gvm": "GVM: lr 1e-3, rank 16", "gvm_paper": "--lr 2e-6 --lora-rank 8 (paper)",
+    "gvm_1e-4": "--lr 1e-4 --lora-rank 8",
+}
+HEADLINE = "dvpo", "ppo", "dvpo_no_tau", "dvpo_lora", "grpo"           # rows of the README's table
+
+
 def folder(name, seed):
     """Where a run writes; seed 1 of DVPO and PPO are those of `make smollm2`."""
     return f"{OUT}/{name}" + (f"_{seed}" if seed > 1 else "")
@@ -124,9 +131,9 @@ def headline(data):
     shown = [f"{start[key]:.2f}" for key in ("gold", "ended", "distinct")]
     whole = f"{penalised(start['gold'], start['ended'], data):.2f}"
     rows = [["SmolLM2 itself", shown[0], shown[1], whole, "0", shown[2], ""]]
-    for name in RUNS:
+    for name in HEADLINE:
         runs = [run for run in data["runs"] if run["run"] == name]
-        if runs and "from" not in name:
+        if runs:
             means = [np.mean([run["heldout"][key] for run in runs]) for key in ("gold", "ended", "kl")]
             gold, ended, kl = means
             row = [TITLES[name], f"{gold:.2f}", f"{ended:.2f}"]
@@ -155,7 +162,7 @@ def value_seconds():
     return dict(penalty=penalty, gvm_seconds=read_lines(f"{OUT}/gvm/metrics.jsonl")[-1]["seconds"],
                 rm_seconds=read_lines(f"{OUT}/rm/metrics.jsonl")[-1]["seconds"],
                 gvm=gvm_about("gvm"), rm_accuracy=rm["accuracy"],
-                **({"paper": gvm_about("gvm_paper")} if os.path.exists(f"{OUT}/gvm_paper/eval.json") else {}))
+                gvms={name: gvm_about(name) for name in GVMS if os.path.exists(f"{OUT}/{name}/eval.json")})
 
 
 def report(dtype):
@@ -192,11 +199,11 @@ def report(dtype):
              "since other programs ran beside some of the steps.", "", "## Held-out topics", "",
              *table(names, cells)]
     cells = []
-    for name, seconds in ("gvm", f"{value['gvm_seconds']:.0f}"), ("paper", ""):
-        if name in value:
-            gvm = value[name]
+    for name, title in GVMS.items():
+        if name in value["gvms"]:
+            gvm = value["gvms"][name]
             accuracy = [f"{gvm['accuracy'][key]:.3f}" for key in ("mean", "last")]
-            title = dict(gvm="GVM", paper="GVM at the paper's lr 2e-6, rank 8")[name]
+            seconds = f"{value['gvm_seconds']:.0f}" if name == "gvm" else ""
             spread = f"{gvm['q_std']:.3f}"
             cells.append([title, gvm["updates"], seconds, spread, *accuracy, f"{gvm['v0']:.3f}"])
     seconds = f"{value['rm_seconds']:.0f}"
