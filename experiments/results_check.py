@@ -461,6 +461,17 @@ def real_language_model():
     last = value["gvm"]["accuracy"]["last"]
     yield f"The GVM took {value['gvm_seconds'] / 60:.0f} minutes of training and has {last:.3f} of held-out"
     yield f"the reward model took {value['rm_seconds'] / 60:.0f} minutes and has {value['rm_accuracy']:.3f}"
+    titles = "lr 1e-3, rank 16", "lr 2e-6, rank 8, the paper's", "lr 1e-4, rank 8"
+    for title, gvm in zip(titles, value["gvms"].values(), strict=True):
+        accuracy = [f"{gvm['accuracy'][key]:.3f}" for key in ("mean", "last")]
+        yield row(title, str(gvm["updates"]), f"{gvm['q_std']:.3f}", *accuracy)
+    yield f"and {value['gvm']['accuracy']['mean']:.3f} by the mean over tokens"
+    yield f"more ({value['rm_accuracy']:.3f} of held-out pairs; the GVM has {last:.3f} by the last token"
+    heldout = {}
+    for run in data["runs"]:
+        heldout.setdefault(run["run"], []).append(run["heldout"]["gold"])
+    behind = np.mean(np.subtract(heldout["ppo"], heldout["dvpo"]))
+    yield f"higher** in two of three seeds, by {behind:.3f} on average"
     for run in data["runs"]:
         if "late" in run:
             late = run["late"]
