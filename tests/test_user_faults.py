@@ -1,6 +1,7 @@
 """What users of other projects ran into: each ends in the right value, or early in one line."""
 import contextlib
 import datetime
+import fcntl
 import io
 import json
 import os
@@ -342,6 +343,14 @@ def test_two_runs_in_one_folder():
         first.kill()
         first.wait()
     assert len(run(dvpo, *argv, "--out", path("shared_out"), "--max-steps", "1")) == 1
+
+
+def test_two_programs_that_label_into_one_file():
+    world()
+    with open(path("labelled_twice.jsonl"), "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", first.name]
+        refused(lambda: label.main([*argv, "--n", "16"]), "labelled_twice.jsonl: another run is writing")
 
 
 # O. Reward files

@@ -466,6 +466,7 @@ def main(argv=None):
         p.error("--lengths mixed: only for ppo, dvpo, lora and trl_ppo")
     if args.card and not CUDA:
         p.error("--card: needs a CUDA machine")
+    common.check_writable(args.to)
     words = " ".join(["python tools/bench.py", *(sys.argv[1:] if argv is None else argv)])
     data = {}
     if os.path.exists(args.to):
