@@ -81,7 +81,9 @@ def test_broken_gzip(damage):
     name = path(damage + ".jsonl.gz")
     with open(name, "wb") as f:
         f.write(data)
-    refused(lambda: sft.main(["--data", name, "--out", path("x")]), name, "cannot be read")
+    world()
+    init = ["--init-from", path("toy/model")]
+    refused(lambda: sft.main([*init, "--data", name, "--out", path("x")]), name, "cannot be read")
 
 
 FLAGS = [
@@ -178,8 +180,10 @@ MISSING = [("nothing.jsonl", "nothing.jsonl"), ("data/toy/nothing.jsonl", "data/
 
 @pytest.mark.parametrize(("name", "word"), MISSING)
 def test_missing_data(name, word):
+    world()
     name = name.replace("TMP", path())
-    refused(lambda: sft.main(["--data", name, "--out", path("x")]), "error: ", word)
+    init = ["--init-from", path("toy/model")]
+    refused(lambda: sft.main([*init, "--data", name, "--out", path("x")]), "error: ", word)
 
 
 def one_line(done, *words):
