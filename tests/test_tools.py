@@ -130,12 +130,15 @@ def test_card():
     """What --card measures on a CUDA machine, at a tiny size on a CPU: every part, and its report."""
     from tools import bench, card
 
-    few = [{name: runs[name] for name in ("gvm", "dvpo") if name in runs} for runs in card.TOY]
+    world()
+    few = [{"dvpo": card.TOY[1]["dvpo"]}]
+    words = card.words
+    models = ["--init-from", path("sft/model"), "--gvm", path("gvm/model")]     # which are made already
     here = os.getcwd()
     os.chdir(HERE)
     try:
         with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",),
-                                  LIMIT=float("inf")),
+                                  LIMIT=float("inf"), words=lambda *how: [*words(*how), *models]),
               contextlib.redirect_stdout(io.StringIO())):
             found, = card.measure("python tools/bench.py --card", "tiny", 16, 8, ("lora",)).values()
             lines = "\n".join(card.report({"this": found}))
