@@ -86,7 +86,7 @@ $(S)/ppo/summary.json:
 
 test: .venv/ready       ## the smoke test, then all tests
 	$(PY) test_smoke.py
-	$(PY) -m pytest -n 2 --dist worksteal tests
+	$(PY) -m pytest -n 2 tests
 
 lint: .venv/ready       ## ruff, and how dense the code is
 	.venv/bin/ruff check .

@@ -70,11 +70,15 @@ class Args:
     temperature, max_new_tokens, batch_size, max_prompt_length, static_cache = 1.0, 24, 8, 64, False
 
 
+EVALUATE = common.evaluate.__wrapped__                  # now, as some tests put a mock in its place
+SAMPLE_GOLD = sft.sample_gold.__wrapped__
+
+
 @contextlib.contextmanager
 def few_answers(n=32):
     """Inside, a stage measures itself on n answers at its end, not on 256."""
-    with (mock.patch.object(common.evaluate.__wrapped__, "__defaults__", (None, n)),
-          mock.patch.object(sft.sample_gold.__wrapped__, "__defaults__", (n,))):
+    with (mock.patch.object(EVALUATE, "__defaults__", (None, n)),
+          mock.patch.object(SAMPLE_GOLD, "__defaults__", (n,))):
         yield
 
 
