@@ -75,8 +75,3 @@ def refresh(actor, model):
         for own, trained in zip(actor.parameters(), model.parameters(), strict=True):
             with torch.no_grad(), gathered([trained]):
                 own.copy_(trained)
-
-
-def set_lr(engine, lr):
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr

@@ -8,23 +8,22 @@ Open this file to make rollouts faster, or for an architecture with another atte
 import contextlib
 import functools
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 
-from runtime.processes import CUDA, rank
+from runtime.processes import CUDA, rank, say
 
 # Only the length may change, and is marked: `dynamic` is off. A resumed run gets the same kernels.
 OPTIONS = dict(force_pointwise_cat=True, deterministic=True)
 
 
-@functools.cache                                        # says each thing once
-def say(line):
+@functools.cache
+def say_once(line):
     if rank() == 0:
-        print(line, file=sys.stderr)
+        say(line)
 
 
 @contextlib.contextmanager
@@ -107,7 +106,7 @@ def unfit(decoder):
 def static_decoder(decoder, new):
     """A StaticDecoder where the architecture allows one; or else the decoder as it is, and a line."""
     if reason := unfit(decoder):
-        say(f"--static-cache: not for this architecture ({reason}); decoding without")
+        say_once(f"--static-cache: not for this architecture ({reason}); decoding without")
         return decoder
     return StaticDecoder(decoder, new)
 
@@ -169,7 +168,7 @@ class StaticDecoder:
     def give_up(self, error):
         StaticDecoder.compiles = False
         why = (str(error).splitlines() or [""])[0]
-        say(f"torch.compile: decoding goes on without ({type(error).__name__}: {why})")
+        say_once(f"torch.compile: decoding goes on without ({type(error).__name__}: {why})")
 
     def append(self):
         """Append self.token, all in place and without the host: what a graph can hold."""

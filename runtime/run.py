@@ -34,7 +34,8 @@ class Run:
         self.world = world()
         self.engines = {}                               # name: DeepSpeed engine
         self.actors = {}                                # id of a model: the copy that decodes for it
-        os.makedirs(self.out, exist_ok=True)
+        with writing(self.out, "name another folder", code=2):
+            os.makedirs(self.out, exist_ok=True)
 
     def plan_memory(self, models, rows, length, sampled=0, decode=(0, 0)):
         """Print what the run will hold, and end it where memory or positions are too few.

@@ -57,8 +57,9 @@ def main():
         wrong = found["wide"] > wide or found["tuples"] > tuples or found["comments"] < comments
         wrong |= names is not None and found["names"] > names
         failed |= wrong
-        print(f"{name:20}{found['lines']:7}{found['wide']:8.0f}{found['tuples']:8.1f}{found['comments']:10.0f}"
-              f"{found['names']:10}{'   TOO DENSE' if wrong else ''}")
+        numbers = f"{found['lines']:7}{found['wide']:8.0f}{found['tuples']:8.1f}"
+        numbers += f"{found['comments']:10.0f}{found['names']:10}"
+        print(f"{name:20}{numbers}{'   TOO DENSE' if wrong else ''}")
     files = [path for path in ROOT.rglob("*.py") if not {".venv", "tests", "out"} & {*path.parts}]
     lines = sum(len(path.read_text().splitlines()) for path in files if path.name != "test_smoke.py")
     print(f"{lines} of {ALL} lines without tests")

@@ -105,8 +105,8 @@ def narrow_llama(layers):
 
 
 NO_KERNEL = re.compile(r"aten::(as_strided|view|_?reshape(_alias)?|_unsafe_view|resolve_\w+|empty\w*|"
-                       r"resize_|to|result_type|scalar_tensor|expand|transpose|t|slice|select|(un)?squeeze|detach_?|"
-                       r"_local_scalar_dense|item|alias|dropout|lift_fresh)$")
+                       r"resize_|to|result_type|scalar_tensor|expand|transpose|t|slice|select|"
+                       r"(un)?squeeze|detach_?|_local_scalar_dense|item|alias|dropout|lift_fresh)$")
 
 
 def kernels(decode, token):
@@ -160,7 +160,7 @@ def test_compiled_blocks():
 @torch.no_grad()
 def test_without_a_compiler():
     """Where torch.compile fails, at once or in the block, the plain step runs, and one line says so."""
-    graphs.say.cache_clear()
+    graphs.say_once.cache_clear()
     model, token, said = narrow_llama(2), torch.randint(0, 512, (5, 4)), io.StringIO()
 
     def compiles_nothing(function, **options):
@@ -186,7 +186,7 @@ def test_without_a_compiler():
 
 @torch.no_grad()
 def test_no_static_cache_where_it_does_not_fit():
-    graphs.say.cache_clear()
+    graphs.say_once.cache_clear()
     model, said = narrow_llama(1), io.StringIO()
     model.lm.config.rope_parameters = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
     with contextlib.redirect_stderr(said):

@@ -346,11 +346,16 @@ def test_two_runs_in_one_folder():
 
 
 def test_two_programs_that_label_into_one_file():
+    """The second is refused before it takes off what looks like an incomplete batch."""
     world()
     with open(path("labelled_twice.jsonl"), "w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
+        first.write('{"prompt": "of the first program"}\n')
+        first.flush()
         argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", first.name]
         refused(lambda: label.main([*argv, "--n", "16"]), "labelled_twice.jsonl: another run is writing")
+    with open(path("labelled_twice.jsonl")) as f:
+        assert f.read() == '{"prompt": "of the first program"}\n'
 
 
 # O. Reward files

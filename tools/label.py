@@ -110,10 +110,11 @@ def main(argv=None):
     *_, parent, folder = os.path.abspath(args.policy).split(os.sep)
     name = args.name or (parent if folder == "model" else folder)               # out/tiny/sft/model: sft
     common.check_writable(args.to)
+    open(args.to, "a").close()
+    common.lock(args.to)                                # before an earlier run's last rows are taken off
     done = keep_whole_batches(args.to, args.n, args.batch_size)
     bar = common.Progress(total=args.n, initial=done, desc="label")
     with common.writing(args.to, "the same command continues there"), open(args.to, "a") as f, bar:
-        common.lock(args.to)
         for start in range(done, args.n, args.batch_size):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
             named = args.name and len(args.temperatures) == 1
