@@ -1,9 +1,9 @@
+import argparse
 import contextlib
 import http.server
 import importlib
 import io
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -71,90 +71,123 @@ def test_label_with_a_reward_model():
     refused(lambda: label.score_with(quirky_model("llama"), "cpu"), "not a reward model")
 
 
-def bench_main(*argv):
-    """tools/bench.py in a folder of its own -> what it wrote."""
+@pytest.fixture
+def bench_main(monkeypatch, tmp_path):
+    """tools/bench.py at a tiny size, in a folder and a world of its own -> (argv) -> JSON, page."""
     from tools import bench
 
-    os.makedirs(path("bench"), exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in common.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1")
-    os.chdir(path("bench"))
-    try:
+
+    def main(*argv):
         with contextlib.redirect_stdout(io.StringIO()):
-            bench.main([*size, "--to", path("bench/b.json"), *argv])
-    finally:
-        os.chdir(HERE)
-    with open(path("bench/b.json")) as f:
-        return json.load(f)
+            bench.main([*size, "--to", "b.json", *argv])
+        with open("b.json") as data, open("b.md") as page:
+            return json.load(data), page.read()
+
+    return main
 
 
-def test_bench_steps():
-    """The benchmark drives both stages, in turns; answers end early where it says so."""
-    from tools import bench
+def test_bench_steps(bench_main):
+    """The benchmark drives both stages, in turns."""
+    data, page = bench_main("--methods", "ppo", "lora")
+    part, = data["runs"].values()
+    ppo, lora = part["steps"]["ppo"], part["steps"]["lora"]
+    for method in ppo, lora:
+        phases = sum(method[f"sec_{phase}"] for phase in ("generate", "score", "train"))
+        assert 0 < phases < method["sec_step"] and method["rounds"] == [method["sec_step"]]
+        assert 2**28 < method["planned"] == sum(method["plan"].values())    # with Python's libraries
+    assert lora["plan"]["optimizer"] < ppo["plan"]["optimizer"]
+    assert f"| {lora['sec_step'] / ppo['sec_step']:.3f} | {lora['peak'] / ppo['peak']:.3f} |" in page
 
-    part, = bench_main("--methods", "ppo", "lora", "--lengths", "mixed")["steps"].values()
-    for method in "ppo", "lora":
-        assert part["measured"][method]["tokens"] == bench.mixed(1, 4, 8).sum() < 32
-    with open(path("bench/b.md")) as f:
-        assert "| lora |" in f.read()
+
+def test_bench_steps_of_a_stage_that_ends(bench_main):
+    with pytest.raises(SystemExit, match="dvpo ended: see out/bench/turns/dvpo.log"):
+        bench_main("--methods", "dvpo", "--batch-size", "3")
+    with open("out/bench/turns/dvpo.log") as f:
+        assert "--batch-size 3: must be a multiple of 4" in f.read()
 
 
-def test_bench_decode():
-    """The tiny rollout says what generate says."""
-    assert bench_main("--decode")["decode"]["shapes"]["tiny"]["greedy_tokens_equal"] == 1.0
+def test_bench_replaces_its_own_part_alone(bench_main):
+    old = dict(machine="another", steps={"124M": dict(predicted=1.5)})
+    page = "# Cost\n\nof old\n\n## 124M\n\n| a |\n\n\n| b |\n\n## 8B\n\nplanned\n"
+    common.write_json("b.json", old)
+    with open("b.md", "w") as f:
+        f.write(page)
+    first, _ = bench_main("--decode")
+    data, after = bench_main("--decode")
+    assert data | old == data and {*data} == {*old, "runs"}
+    title, = data["runs"]
+    assert data["runs"][title] != first["runs"][title] and after.count(f"## {title}\n") == 1
+    assert after.startswith(f"{page}\n## {title}\n\n`python tools/bench.py --shape tiny")
+    rollout, = data["runs"][title]["rollouts"]
+    assert f"| {rollout['generate'] / rollout['ours']:.2f} |" in after
 
 
 def test_bytes_per_token():
-    """3B: tied weights once; keys and values of 8 heads of 128 in 28 layers, per row and position."""
+    """3B: tied weights once; keys and values of 8 heads of 128 in 28 layers, per row and position.
+    8B: all but the embedding."""
+    from transformers import AutoModelForCausalLM
+
     from tools import bench
 
-    numbers = 3_212_749_824 + 8 * 100 * 2 * 28 * 8 * 128
-    assert bench.bytes_per_token("llama3-3b", 8, 100) == numbers * (2 if bench.CUDA else 4)
+    cache = 8 * 100 * 2 * 8 * 128
+    for shape, numbers in dict([("llama3-3b", 3_212_749_824 + 28 * cache),
+                                ("llama3-8b", 8_030_261_248 - 128_256 * 4096 + 32 * cache)]).items():
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(bench.SHAPES[shape], dtype=torch.bfloat16)
+        assert bench.bytes_per_token(lm, 8, 100) == 2 * numbers
 
 
 def test_card_commands():
     """The runs on the toy: twenty, with flags that the stages take; what one needs, an earlier one made."""
     from tools import card
 
-    first, then = card.TOY
-    for name, (script, *flags) in (first | then).items():
+    for name, command in (card.FIRST | card.THEN).items():
+        script, *flags = command.split()
         stage = importlib.import_module(script[:-3].replace("/", "."))
-        args = stage.parse_args(card.words("F", name, script, *flags))
-        assert args.out == f"F/{name}" and args.model == "tiny", name
-        if name in then:
+        args = stage.parse_args(["--model", "tiny", *flags])
+        if name in card.THEN:
             made = args.gvm if script == "dvpo.py" else args.rm
-            assert made in [f"F/{other}/model" for other in first], name
-    assert len(first | then) == 20 and {*card.RESUMED} <= {*then}
+            assert made in [f"{card.FOLDER}/{other}/model" for other in card.FIRST], name
+            assert args.max_steps == card.STEPS == 2 * args.save_every, name
+    assert len(card.FIRST | card.THEN) == 20 and {*card.RESUMED} <= {*card.THEN}
 
 
-def test_card():
-    """What --card measures on a CUDA machine, at a tiny size on a CPU: every part, and its report."""
+def test_card(monkeypatch):
+    """What --card measures on a CUDA machine, at a tiny shape on a CPU: every part, and its report."""
     from tools import bench, card
 
     world()
-    few = [{"dvpo": card.TOY[1]["dvpo"]}]
-    words = card.words
-    models = ["--init-from", path("sft/model"), "--gvm", path("gvm/model")]     # which are made already
-    here = os.getcwd()
-    os.chdir(HERE)
-    try:
-        with (mock.patch.multiple(card, TOY=few, STEPS=2, FOLDER=path("card_toy"), RESUMED=("dvpo",),
-                                  LIMIT=float("inf"), words=lambda *how: [*words(*how), *models]),
-              contextlib.redirect_stdout(io.StringIO())):
-            found, = card.measure("python tools/bench.py --card", "tiny", 16, 8, ("lora",)).values()
-            lines = "\n".join(card.report({"this": found}))
-    finally:
-        os.chdir(here)
-    assert found["toy"]["dvpo"] == dict(ended=True, steps=2, first_ratio_off=0.0) and found["resumed"]["dvpo"]
-    assert [run["rows"] for run in found["token"]] == [8, 64]
-    step = found["steps"]["tiny"]
-    assert {*step["measured"]} == {"lora"}
-    assert [len(longest) for longest in found["kernels"].values()] == [10, 10]
-    run = step["measured"]["lora"]                      # 4 epochs, 8 rows of 24 tokens; 4 operations, not 6
-    share = 4 * 8 * 24 * 4 * step["parameters"] / found["rate"]["operations"] / run["sec_train"]
-    assert f"| {share:.2f} |" in lines and "no time was left" not in lines
-    hours = 450 * 8 * run["sec_step"] / 3600            # 64 rollouts are eight times 8
-    assert f"| {hours:.1f} |" in lines
-    assert bench.CUDA or found["machine"] == "CPU"
+    monkeypatch.chdir(HERE)
+    for name in common.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    made = f"--init-from {path('sft/model')} --gvm {path('gvm/model')} --max-steps 2 --save-every 1"
+    few = dict(FIRST={}, THEN=dict(dvpo=f"{card.DVPO} {made}"), RESUMED=["dvpo"], STEPS=2,
+               FOLDER=path("card_toy"), LIMIT=float("inf"))
+    args = argparse.Namespace(shape="tiny", prompt=16, new=8, batch_size=4, rounds=1, methods=["lora", "ppo"])
+    side_by_side = bench.side_by_side
+
+    def without_room(args, methods):
+        return side_by_side(args, methods) if methods == ["lora"] else sys.exit("error: ppo ended")
+
+    monkeypatch.setattr(bench, "side_by_side", without_room)
+    found = bench.about("python tools/bench.py --card")
+    with mock.patch.multiple(card, **few), contextlib.redirect_stdout(io.StringIO()):
+        lines = "\n".join(card.measure(args, found))
+    assert found["toy"] == dict(dvpo=dict(ended=True, steps=2, ratio_off=0.0, resumed=True))
+    assert "| dvpo | True | 2 | 0.0 | True |" in lines
+    for rollout in found["rollouts"]:
+        share = rollout["read"] / found["bandwidth"] / rollout["static"] * rollout["new"]
+        assert f"| {share:.2f} |" in lines
+    assert [rollout["rows"] for rollout in found["rollouts"]] == [8, 64]
+    assert all("aten::" in longest and longest in lines for longest in found["kernels"].values())
+    assert {*found["steps"]} == {"lora"} and "| lora |" in lines
+    assert lines.endswith("error: ppo ended") and "No time" not in lines
+    with mock.patch.multiple(card, **few | dict(THEN={}, RESUMED=[], LIMIT=0)):
+        assert "No time was left for: kernels." in card.measure(args, found)
 
 
 def test_sample():
