@@ -240,6 +240,7 @@ def train_reward_model(args, tok):
     about = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
     about |= dict(mean=mean.item(), std=std.item(), accuracy=accuracy.item())
     common.save_adapter(model, "rm", tok, args.rm, **about)
+    run.write("eval.json", dict(accuracy=about["accuracy"]))
     run.say(f"reward model: held-out pair accuracy {about['accuracy']:.3f}; wrote {args.rm}")
 
 
