@@ -200,8 +200,9 @@ def page(data):
     """results/smollm2.md, from what stands in its JSON."""
     lines = ["# SmolLM2-135M-Instruct", "",
              f"`make smollm2`, then `{data['command']}`. Commit {data['commit']}. "
-             f"Machine: {data['machine']}. ± is the 95 % interval over seeds. Seconds per step: the lower quartile, since other programs "
-             "ran beside some of the steps. ended: the share of answers that end within their 32 tokens.", "",
+             f"Machine: {data['machine']}. ± is the 95 % interval over seeds. Seconds per step: the lower "
+             "quartile, since other programs ran beside some of the steps. ended: the share of answers that "
+             "end within their 32 tokens.", "",
              "## Summary", "", *summary(data), "", "## Held-out topics", "", *heldout_table(data), "",
              "## What gives the value", "", *value_table(data), "",
              "## Last tenth of the steps", "", *late_table(data), "", "## Three held-out prompts", ""]

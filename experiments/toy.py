@@ -136,7 +136,8 @@ def prepare(seed, models):
     if not os.path.exists(f"{root}/labelled_pairs.jsonl"):
         label = [sys.executable, "tools/label.py", "--policy", f"{root}/sft/model"]
         label += ["--seed", str(seed), "--to", f"{root}/labelled.jsonl"]
-        subprocess.run(label, check=True, stderr=subprocess.DEVNULL, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        one_thread = dict(os.environ, OMP_NUM_THREADS="1")
+        subprocess.run(label, check=True, stderr=subprocess.DEVNULL, env=one_thread)
     for name in models:
         command = MODELS[name]
         if command.startswith(RM):                      # it lies beside --out, not in it
