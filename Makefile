@@ -92,7 +92,7 @@ lint: .venv/ready       ## ruff, and how dense the code is
 	.venv/bin/ruff check .
 	$(PY) tests/density.py
 
-results-check: .venv/ready      ## the numbers of the docs against results/
-	$(PY) experiments/results_check.py
+results-check: .venv/ready      ## the tables and numbers of the pages against results/
+	$(PY) experiments/pages.py
 
 .PHONY: help install demo demo-dvpo demo-ppo smollm2 test lint results-check

@@ -43,6 +43,7 @@ import common
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rl")
     flag = p.add_argument
+    # Data and models
     flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure")
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
@@ -51,6 +52,7 @@ def parse_args(argv=None):
          help="FILE.py:function(prompt, response) -> float, logged and never trained on")
     flag("--reward", help=argparse.SUPPRESS)                        # the old name of --gold
     flag("--out", default=f"{d.out}/dvpo", help="folder to write")
+    # Size: a step is one batch of rollouts and several updates on it
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
     flag("--batch-size", type=int, default=d.batch_size,
          help="rollouts per step and GPU (paper 8)")
@@ -59,9 +61,11 @@ def parse_args(argv=None):
     flag("--grad-accum", type=int, default=d.grad_accum, help="passes per update (paper 2)")
     flag("--ppo-epochs", type=int, default=d.ppo_epochs,
          help="passes over the rollouts of a step (paper 4)")
+    # Optimizer
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     flag("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
          help="linear decay to 0: the last update cannot break the policy (paper: not given)")
+    # Rollout
     flag("--max-prompt-length", type=int, default=d.max_prompt_length,
          help="tokens; the middle of a longer prompt is cut")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens,
@@ -69,10 +73,12 @@ def parse_args(argv=None):
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
+    # Value, advantage, loss
     flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: the GVM's)")
     flag("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
          help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: as in their released code")
     flag("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
+    # Distance to the reference
     flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
     flag("--kl-target", type=float, default=d.kl_target,
          help="nats per response that the coefficient adapts to; 0: constant")
@@ -92,6 +98,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
 
     prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
     """
+    # The prompts, padded on the left so that all responses begin in one column
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                                # (E,)
@@ -102,6 +109,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
             p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
             u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
             token = common.draw(p, u)                                           # (B,)
+            # A row that has ended goes on as padding. Its end token itself is trained.
             response.append(token.masked_fill(ended, 0))
             mask.append(~ended)
             ended = ended | (token[:, None] == end_ids).any(1)
@@ -121,8 +129,9 @@ def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
     def mean(x):
         return (x * mask).sum() / mask.sum().clamp(min=1)
 
-    log_ratio = (logp - old_logp).clamp(-20, 20)
-    ratio = log_ratio.exp()
+    log_ratio = (logp - old_logp).clamp(-20, 20)            # or exp would overflow
+    ratio = log_ratio.exp()                                 # r_t of eq. (3)
+    # The lesser of the two gains: no reward for moving a token beyond the clip
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     loss = mean(-torch.min(ratio * adv, clipped_ratio * adv))
     with torch.no_grad():
@@ -141,9 +150,11 @@ def advantage(q, mask, kind, sigma):
     if kind == "authors":
         return gae_without_reward(q[:, :-1], mask)
     if kind == "q":
+        # Eq. (2) over the values after each token
         mean, std = common.masked_moments(q[:, 1:], mask)
         return (q[:, 1:] - mean) / std.clamp(min=sigma) * mask
-    change = (q[:, 1:] - q[:, :-1]) * mask
+    # What each token did to the value. The sums of all responses average 0.
+    change = (q[:, 1:] - q[:, :-1]) * mask                          # (B, T)
     change[:, 0] -= common.all_sum(change.sum()) / common.all_sum(mask[:, 0].sum())
     _, std = common.masked_moments(change, mask)
     return change / std.clamp(min=sigma)
@@ -154,11 +165,13 @@ def gae_without_reward(v, mask, lam=0.95):
 
     v (B, T), the value before each token -> (B, T), 0 outside the mask. With lambda 1 this is -v.
     """
+    # Whiten the values, not the advantage
     mean, std = common.masked_moments(v, mask)
     v = (v - mean) / std * mask
     next_v = F.pad(v[:, 1:], (0, 1))                                # 0 behind the last token
     adv = torch.zeros_like(v)
     next_adv = torch.zeros_like(v[:, 0])
+    # Backwards in time: A_t = V_{t+1} - V_t + lambda A_{t+1}
     for t in reversed(range(v.shape[1])):
         next_adv = (next_v[:, t] - v[:, t] + lam * next_adv) * mask[:, t]
         adv[:, t] = next_adv
@@ -167,6 +180,8 @@ def gae_without_reward(v, mask, lam=0.95):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    # Data: every line is checked before anything is loaded or trained
     gold = common.load_function(args.gold)
     tok = common.load_tokenizer(args.init_from)
     data = common.read_prompts(tok, args.data, args.max_prompt_length)
@@ -203,11 +218,12 @@ def main(argv=None):
     trunk = policy if args.lora else run.frozen(trunk)
 
     def prompts_of(step):
-        """Row numbers and prompt ids of this rank's rollouts in that step."""
+        """Row numbers and prompt ids of this rank's rollouts: they depend on the step's number alone."""
         index = run.batch(len(data), args.batch_size, step)
         prompts = [data[i]["prompt"] for i in index]
         return index, [common.encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
 
+    # What a run must remember beside weights, optimizer and random states
     state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
     kl_before = state.get("kl", 0.0)                                # of the last step
@@ -228,8 +244,8 @@ def main(argv=None):
         with run.phase("generate"):
             policy.eval()
             rolled_out = rollout(run.actor(model), prompts, tok, args, device, adapter)
-        ids, attn, mask, ended = rolled_out
-        T = mask.shape[1]
+        ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
+        T = mask.shape[1]                                           # the longest response
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         if args.dry_run:
@@ -271,6 +287,7 @@ def main(argv=None):
             stats = []
             updates = 0
             for epoch in range(args.ppo_epochs):
+                # The first pass keeps the micro-batches of the scores, later ones draw their own
                 if epoch > 0:
                     shuffled = torch.randperm(args.batch_size)
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
@@ -296,6 +313,7 @@ def main(argv=None):
         if gold:
             answers = zip(index, texts, strict=True)
             row["gold"] = np.mean([gold(data[i]["prompt"], text) for i, text in answers])
+        # docs/metrics.md says what each number should look like
         q_mean, q_std = common.masked_moments(q[:, 1:], mask)
         _, adv_std = common.masked_moments(adv, mask)
         minus_entropy, _ = common.masked_moments(old_logp, mask)
@@ -305,6 +323,7 @@ def main(argv=None):
             entropy=-minus_entropy, ended=ended.float().mean(),
             length=mask.sum(1).float().mean(), tokens=run.sum(mask.sum()),
             tau_pairs=tau_shown, tau_tokens=len(tau))
+        # The mean KL of all ranks, so that all have one coefficient
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)

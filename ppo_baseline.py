@@ -45,6 +45,7 @@ RM_FLAGS = ("pairs", "rm_lr", "rm_batch_size", "rm_epochs", "rm_max_steps", "max
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "rm", "rl")
     flag = p.add_argument
+    # Data and models
     flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows {prompt} to measure")
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
@@ -55,6 +56,7 @@ def parse_args(argv=None):
     flag("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
     flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
     flag("--out", default=f"{d.out}/ppo", help="folder to write")
+    # Size: a step is one batch of rollouts and several updates on it
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
     flag("--batch-size", type=int, default=d.batch_size,
          help="rollouts per step and GPU (paper 8)")
@@ -63,10 +65,12 @@ def parse_args(argv=None):
     flag("--grad-accum", type=int, default=d.grad_accum, help="passes per update (paper 2)")
     flag("--ppo-epochs", type=int, default=d.ppo_epochs,
          help="passes over the rollouts of a step (paper 4)")
+    # Optimizer
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy (paper 2e-6)")
     flag("--critic-lr", type=float, default=d.critic_lr, help="of the critic (paper 2e-6)")
     flag("--lr-decay", action=argparse.BooleanOptionalAction, default=True,
          help="linear decay to 0: the last update cannot break the policy (paper: not given)")
+    # Rollout
     flag("--max-prompt-length", type=int, default=d.max_prompt_length,
          help="tokens; the middle of a longer prompt is cut")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens,
@@ -74,16 +78,19 @@ def parse_args(argv=None):
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
+    # Advantage, loss
     flag("--gamma", type=float, default=1.0, help="discount per token")
     flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE")
     flag("--missing-eos-penalty", type=float, default=1.0, help="for an answer that is cut")
     flag("--clip", type=float, default=0.2,
          help="eps of eq. (3) and of the value clip (paper: not given)")
+    # Distance to the reference
     flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
     flag("--kl-target", type=float, default=d.kl_target,
          help="nats per response that the coefficient adapts to; 0: constant")
     flag("--kl-stop", type=float, default=0.1,
          help="a step ends early above 1.5 times this KL per token (paper 0.1)")
+    # The reward model, where it is trained first
     rm_flag = p.add_argument_group("reward model").add_argument
     rm_flag("--pairs", nargs="+", default=[f"{d.data}/pairs.jsonl"], help="rows to train on")
     rm_flag("--pairs-heldout", default=f"{d.data}/pairs_heldout.jsonl", help="rows to measure")
@@ -101,6 +108,7 @@ def parse_args(argv=None):
 
     # What was asked for of the reward model: one that is there must have been trained so.
     words = sys.argv[1:] if argv is None else argv
+    # Named on the command line, whatever their values
     named = [word.partition("=")[0][2:].replace("-", "_") for word in words]
     args.rm_asked = {key: getattr(args, key) for key in RM_FLAGS if key in named}
     return args
@@ -112,6 +120,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
 
     prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
     """
+    # The prompts, padded on the left so that all responses begin in one column
     ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                                # (E,)
@@ -122,6 +131,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
             p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
             u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
             token = common.draw(p, u)                                           # (B,)
+            # A row that has ended goes on as padding. Its end token itself is trained.
             response.append(token.masked_fill(ended, 0))
             mask.append(~ended)
             ended = ended | (token[:, None] == end_ids).any(1)
@@ -141,8 +151,9 @@ def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
     def mean(x):
         return (x * mask).sum() / mask.sum().clamp(min=1)
 
-    log_ratio = (logp - old_logp).clamp(-20, 20)
-    ratio = log_ratio.exp()
+    log_ratio = (logp - old_logp).clamp(-20, 20)            # or exp would overflow
+    ratio = log_ratio.exp()                                 # r_t of eq. (3)
+    # The lesser of the two gains: no reward for moving a token beyond the clip
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     loss = mean(-torch.min(ratio * adv, clipped_ratio * adv))
     with torch.no_grad():
@@ -156,11 +167,14 @@ def gae(rewards, values, mask, gamma, lam):
 
     values[t] = V(s_t), before a_t; the value after the last masked token is 0. Both are 0 outside the mask.
     """
+    # Backwards in time: A_t = delta_t + gamma lambda A_{t+1}, nothing behind the last token
     values = values * mask
     adv = torch.zeros_like(rewards)
     next_adv = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
+        # V after the last token is 0
         next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        # The TD error of one token
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_adv = (delta + gamma * lam * next_adv) * mask[:, t]
         adv[:, t] = next_adv
@@ -169,6 +183,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 def value_loss(values, old_values, returns, mask, clip):
     """Clipped squared error, a mean over the masked tokens: (B, T) each -> scalar."""
+    # The greater of the two errors: no reward for moving a value beyond the clip
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (error * mask).sum() / mask.sum().clamp(min=1)
@@ -181,12 +196,14 @@ def pairwise_loss(chosen, rejected):
 
 def scores(model, ids, attn, mask):
     """The reward model's head at the last token of each response: (B,)."""
+    # One value after each token, and one before the first
     every_state = model(ids, attn, mask.shape[1], "rm", head="rm")      # (B, T+1)
     return every_state.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
 
 def train_reward_model(args, tok):
     """LoRA and a scalar head on the SFT model, pairwise loss; writes --rm."""
+    # Data, model, DeepSpeed. It writes beside the adapter, and not into the folder of RL.
     train = common.read_pairs(args.pairs, tok, args.max_length)
     heldout = common.read_pairs([args.pairs_heldout], tok, args.max_length)
     out = args.out if args.dry_run else os.path.dirname(args.rm)
@@ -195,6 +212,7 @@ def train_reward_model(args, tok):
     model.add_adapter("rm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     model.add_head("rm")
     pairs_per_step = args.rm_batch_size * run.world
+    # Passes over the pairs, or a number of steps
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / pairs_per_step)
     run.plan_memory({"trunk, reward model": model}, 2 * args.rm_batch_size, args.max_length)
     engine = run.engine("rm", model, args.rm_lr, args.rm_batch_size)
@@ -206,15 +224,18 @@ def train_reward_model(args, tok):
         sequences = [common.pack(tok, row, [], args.max_length, 0) for row in rows]
         return common.packed_frame(sequences, run.device)
 
+    # Scores of the last batches: their moments are the units of the reward
     state = run.resume()
     seen = [x.to(run.device) for x in state.get("seen", [])]        # scores, last 100 batches
     if args.dry_run:
         return run.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
-    engine.train()
+    engine.train()                                                  # dropout in the adapter
     for step in run.steps(steps):
+        # Both answers of a pair go through in one pass
         index = run.batch(len(train), args.rm_batch_size, step)
         chosen, rejected = scores(engine, *frame([train[i] for i in index])).chunk(2)
         loss = pairwise_loss(chosen, rejected)
+        # Linear decay to 0
         run.set_lr(engine, args.rm_lr * (1 - step / steps))
         engine.backward(loss)
         engine.step()
@@ -223,10 +244,11 @@ def train_reward_model(args, tok):
         run.keep(seen=seen)
 
     # Held-out accuracy: every rank scores as many pairs, and none counts twice
-    engine.eval()
+    engine.eval()                                                   # no dropout
     right = torch.zeros((), device=run.device)
     with torch.no_grad():
         for start in range(0, len(heldout), pairs_per_step):
+            # The last pairs wrap around
             index = range(start + run.rank, start + pairs_per_step, run.world)
             pairs = [heldout[i % len(heldout)] for i in index]
             chosen, rejected = scores(engine, *frame(pairs)).chunk(2)
@@ -234,12 +256,14 @@ def train_reward_model(args, tok):
             right += ((chosen > rejected) & new).sum()
     accuracy = run.sum(right) / len(heldout)
 
+    # Save, with the units and with what it was trained on
     seen = torch.cat(seen)
     mean, std = common.masked_moments(seen, torch.ones_like(seen))
     std = std.clamp(min=0.1)                                        # after few steps scores are 0
     about = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
     about |= dict(mean=mean.item(), std=std.item(), accuracy=accuracy.item())
     common.save_adapter(model, "rm", tok, args.rm, **about)
+    run.write("eval.json", dict(accuracy=about["accuracy"]))
     run.say(f"reward model: held-out pair accuracy {about['accuracy']:.3f}; wrote {args.rm}")
 
 
@@ -255,7 +279,9 @@ def check_reward_model(args, meta):
 @torch.no_grad()
 def start_critic(critic, trunk, name, mean, std):
     """Make the critic the trunk with this adapter and its head, in units where (mean, std) are (0, 1)."""
+    # The adapter goes into the weights: the critic is trained whole
     critic.lm.load_state_dict(trunk.merged_state_dict(name))
+    # (w h + b - mean) / std
     head = trunk.heads[name]
     critic.add_head("critic", head.sees_token, head.token_scale)
     critic.heads["critic"].weight.copy_(head.weight / std)
@@ -264,6 +290,8 @@ def start_critic(critic, trunk, name, mean, std):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    # Data: every line is checked before anything is loaded or trained
     reward = common.load_function(args.reward)
     gold = common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
@@ -271,6 +299,8 @@ def main(argv=None):
     heldout = common.read_prompts(tok, args.heldout, args.max_prompt_length)
     run = common.Run(args, "ppo", show=("gold", "kl", "score", "ended", "length"))
     device = run.device
+
+    # The reward model comes first, unless there is one, or a function
     if args.rm_only or (reward is None and not os.path.exists(args.rm)):
         train_reward_model(args, tok)
         if args.dry_run or args.rm_only:
@@ -279,6 +309,7 @@ def main(argv=None):
     # One frozen trunk is the reference (adapter off) and the reward model (adapter "rm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
     if reward is None:
+        # Its adapter and head, frozen, and the units of its scores
         made_by = f"rm -r {args.rm}; python ppo_baseline.py"
         rm = common.load_adapter(trunk, tok, args.rm, made_by)
         check_reward_model(args, rm)
@@ -289,17 +320,21 @@ def main(argv=None):
     length = args.max_prompt_length + args.max_new_tokens
     critic_length = length
     if args.critic_from == "gvm":
+        # Its rewards are raw, those of RL standardised
         made_by = f"python train_gvm.py --model {args.model}"
         gvm = common.load_adapter(trunk, tok, args.gvm, made_by)
         if "reward_mean" not in gvm:
             common.die(f"--gvm {args.gvm}: does not say what its rewards were; train it again")
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
         start_critic(critic_model, trunk, "gvm", *unit)
+        # It reads tau in front of every row
         critic_length = gvm["max_length"]
     elif reward is None:
         start_critic(critic_model, trunk, "rm", rm["mean"], rm["std"])
     else:
+        # A reward function says nothing of values: the head starts at 0
         critic_model.add_head("critic")
+    # What a step holds at once
     models = {"policy": model, "critic": critic_model, "frozen": trunk}
 
     # Stop before any work where memory or positions are too few.
@@ -319,11 +354,12 @@ def main(argv=None):
     trunk = run.frozen(trunk)
 
     def prompts_of(step):
-        """Row numbers and prompt ids of this rank's rollouts in that step."""
+        """Row numbers and prompt ids of this rank's rollouts: they depend on the step's number alone."""
         index = run.batch(len(data), args.batch_size, step)
         prompts = [data[i]["prompt"] for i in index]
         return index, [common.encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
 
+    # What a run must remember beside weights, optimizer and random states
     state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
     kl_before = state.get("kl", 0.0)                                # of the last step
@@ -343,10 +379,10 @@ def main(argv=None):
         # 1. Rollout: a sampled response per prompt
         with run.phase("generate"):
             policy.eval()
-            critic.eval()
+            critic.eval()                                           # as in the scores below
             rolled_out = rollout(run.actor(model), prompts, tok, args, device)
-        ids, attn, mask, ended = rolled_out
-        T = mask.shape[1]
+        ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
+        T = mask.shape[1]                                           # the longest response
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
         if args.dry_run:
@@ -375,10 +411,12 @@ def main(argv=None):
             values = common.forward_in_micro_batches(critic, *critic_frame, head="critic")
             values = values[:, :-1]                                                     # (B, T)
             if reward:
+                # A function scores the text
                 answers = zip(index, texts, strict=True)
                 score = [reward(data[i]["prompt"], text) for i, text in answers]
                 score = torch.tensor(score, device=device)                              # (B,)
             else:
+                # The reward model's head at the last token
                 score = common.forward_in_micro_batches(trunk, *frame, adapter="rm", head="rm")
                 score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)           # (B,)
                 score = (score - rm["mean"]) / rm["std"]
@@ -386,10 +424,11 @@ def main(argv=None):
         # 4. Advantage: GAE of the KL penalties and, at the last token, the reward
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)                            # (B, T)
         rewards = -kl_coef * log_ratio_ref * mask
-        last = mask.sum(1) - 1
+        last = mask.sum(1) - 1                                      # (B,)
         score_with_penalty = score - args.missing_eos_penalty * ~ended
         rewards[torch.arange(args.batch_size), last] += score_with_penalty
         adv, returns = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        # Whitened over the tokens of all ranks
         mean, std = common.masked_moments(adv, mask)
         adv = (adv - mean) / (std + 1e-8) * mask
         kl = (log_ratio_ref * mask).sum(1).mean()                   # nats per response
@@ -398,6 +437,7 @@ def main(argv=None):
         with run.phase("train"):
             policy.train()
             critic.train(not args.freeze_critic)
+            # Both learning rates decay to 0
             if args.lr_decay:
                 left = 1 - step / args.max_steps
                 run.set_lr(policy, args.lr * left)
@@ -405,7 +445,8 @@ def main(argv=None):
                     run.set_lr(critic, args.critic_lr * left)
             stats = []
             updates = 0
-            for epoch in range(args.ppo_epochs):
+            for epoch in range(args.ppo_epochs):                    # inner epochs
+                # The first pass keeps the micro-batches of the scores, later ones draw their own
                 if epoch > 0:
                     shuffled = torch.randperm(args.batch_size)
                     order = common.sort_by_length(shuffled, attn, rows_per_update)
@@ -421,6 +462,7 @@ def main(argv=None):
                         scale = run.world * args.grad_accum
                         policy.backward(loss * share * scale)
                         policy.step()
+                        # The critic, a second model with an optimizer of its own
                         v = values[m]
                         if not args.freeze_critic:
                             v = critic(*(x[m] for x in seen_by_critic), T, head="critic")
@@ -442,6 +484,7 @@ def main(argv=None):
         if gold:
             answers = zip(index, texts, strict=True)
             row["gold"] = np.mean([gold(data[i]["prompt"], text) for i, text in answers])
+        # docs/metrics.md says what each number should look like
         q_mean, q_std = common.masked_moments(values, mask)
         _, adv_std = common.masked_moments(adv, mask)
         minus_entropy, _ = common.masked_moments(old_logp, mask)
@@ -450,6 +493,7 @@ def main(argv=None):
             adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
             entropy=-minus_entropy, ended=ended.float().mean(),
             length=mask.sum(1).float().mean(), tokens=run.sum(mask.sum()))
+        # The mean KL of all ranks, so that all have one coefficient
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)

@@ -52,11 +52,13 @@ import common
 def parse_args(argv=None):
     p, d = common.flags(__doc__, argv, "gvm")
     flag = p.add_argument
+    # Data and models
     flag("--data", nargs="+", default=[f"{d.data}/gvm.jsonl"], help="labelled rows or pairs")
     flag("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows to measure on")
     flag("--init-from", default=d.start, help="SFT model: the trunk")
     flag("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
     flag("--out", default=f"{d.out}/gvm", help="folder to write")
+    # Optimizer, size of a batch and of the run
     flag("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
     flag("--batch-size", type=int, default=d.batch_size,
          help="sequences per update and GPU (paper: 32 rows)")
@@ -64,24 +66,28 @@ def parse_args(argv=None):
     flag("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     flag("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
+    # Target and loss
     flag("--missing-eos-penalty", type=float, default=1.0,
          help="off the reward of an answer that was cut, in standard deviations of the rewards")
     flag("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
     flag("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     flag("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
          help="normalise Q in the loss, eq. (2) (paper: yes)")
+    # Head, tau, adapter
     flag("--plain-head", action="store_true", help="the head reads h_t alone (paper: yes)")
     flag("--tau-pairs", type=int, help=f"most pairs in tau (default: {d.tau_pairs} or --gvm's)")
     flag("--tau-length", type=int, default=d.tau_length, help="of each answer in tau (paper: all)")
     flag("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     flag("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
     flag("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
+    # What is measured, and what is done in place of training
     flag("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> value")
     flag("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
     flag("--min-gap", type=float, default=0.0, help="table 4: least gap of rewards")
     flag("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
     flag("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
     args = common.parse(p, argv)
+    # A GVM that is loaded says itself what it was trained with
     if args.tau_pairs is None and not (args.eval_only or args.show):
         args.tau_pairs = d.tau_pairs
     return args
@@ -95,9 +101,11 @@ def td_targets(q, score, gamma, lam):
     Where a response ends the target is its reward; before, gamma ((1 - lam) q[t+1] + lam target[t+1]):
     lam = 0 is eq. (1), lam = 1 the discounted reward. Nothing passes from a response to the one before it.
     """
+    # Backwards in time, like GAE
     targets = torch.zeros_like(q)
     target = q[:, -1]
     for t in reversed(range(q.shape[1])):
+        # One token back: the next value, and the target behind it
         if t + 1 < q.shape[1]:
             target = gamma * ((1 - lam) * q[:, t + 1] + lam * target)
         # At the end of a response the reward replaces what came from the response behind it
@@ -108,6 +116,7 @@ def td_targets(q, score, gamma, lam):
 
 def batch_norm(x, mask, eps=1e-5):
     """Eq. (2): (x - mu) / (sigma + eps) over the masked tokens of all ranks: (B, T) -> (B, T), 0 outside."""
+    # With the gradient through mean and sigma, over all ranks
     mean, std = common.masked_moments(x, mask)
     return (x - mean) / (std + eps) * mask
 
@@ -116,8 +125,9 @@ def gvm_loss(q, score, mask, args):
     """Eq. (1) at the states where mask: q, score, mask (B, T+1) -> sum of squared TD errors."""
     if args.batch_norm:
         q = batch_norm(q, mask)
+    # Targets are constants: no gradient flows into them
     targets = td_targets(q.detach(), score, args.gamma, args.td_lambda)
-    return ((targets - q) ** 2 * mask).sum()
+    return ((targets - q) ** 2 * mask).sum()                    # the caller divides by all states
 
 
 # Offline data: rows, and tau
@@ -130,15 +140,17 @@ class Labelled(common.Rows):
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
             lines = common.read_rows(path, *kinds, tok=tok)
-            # By the keys of all lines: pairs may have a reward, too
+            # Rows or pairs, by the keys of all lines: pairs may have a reward, too
             labelled = all(set(kinds[0]) <= set(line) for line in lines)
             for line in lines:
                 if labelled:
                     rows.append(dict(line, policy=line.get("policy")))
                 else:
+                    # A pair is two rows
                     rows.append(dict(common.one_side(line, "chosen"), reward=1))
                     rows.append(dict(common.one_side(line, "rejected"), reward=-1))
         for row in rows:
+            # Rows without a name share the policy None, which gets no tau
             row.setdefault("policy", None)
             row["reward"] = float(row["reward"])
         super().__init__(rows)
@@ -160,8 +172,9 @@ def training_frame(sequences, device):
     each beside them; score is for td_targets.
     """
     ids, attn, mask = common.packed_frame(sequences, device)
-    after = F.pad(mask, (1, 0))                                 # states after a response token
-    before = F.pad(mask, (0, 1))                                # states before one
+    after = F.pad(mask, (1, 0))                                 # (B, T+1) after a response token
+    before = F.pad(mask, (0, 1))                                # (B, T+1) before one
+    # The reward stands where a response ends: a state after a token and before none
     score = torch.full(after.shape, math.nan, device=device)
     rewards = [row["reward"] for _, spans in sequences for row, _, _ in spans]
     score[after & ~before] = torch.tensor(rewards, device=device)
@@ -173,13 +186,15 @@ def training_frame(sequences, device):
 @torch.no_grad()
 def token_values(gvm, tok, rows, taus, args, device, batch=32):
     """[(response ids, values (T+1,))] of all rows; values[0] is V(s_0), values[t+1] Q at a_t."""
-    prompts, responses = [], []
+    # Prompt with its tau in front, and response
+    prompts = []
+    responses = []
     for row, tau in zip(rows, taus, strict=True):
         ids, spans = common.pack(tok, row, tau, args.max_length, args.tau_length)
-        begin = spans[-1][1]
+        begin = spans[-1][1]                                    # of the row's own response
         prompts.append(ids[:begin])
         responses.append(ids[begin:])
-    values = torch.zeros(len(rows), args.max_length + 1, device=device)
+    values = torch.zeros(len(rows), args.max_length + 1, device=device)     # (rows, T+1)
     stride = batch * common.world()
     for start in common.Progress(range(0, len(rows), stride), desc="values", leave=False):
         # Every rank has as many rows: the last ones wrap around, and are not kept
@@ -187,9 +202,10 @@ def token_values(gvm, tok, rows, taus, args, device, batch=32):
         some_prompts = [prompts[j % len(rows)] for j in index]
         some_responses = [responses[j % len(rows)] for j in index]
         ids, attn, mask = common.frame(some_prompts, some_responses, device)
-        q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm")
+        q = gvm(ids, attn, mask.shape[1], adapter="gvm", head="gvm")        # (B, T+1)
         kept = [j for j in index if j < len(rows)]
         values[kept, :q.shape[1]] = q[:len(kept)]
+    # Each rank has filled in its share; the rest is 0
     values = common.all_sum(values).cpu().numpy()
     return [(r, v[:len(r) + 1]) for r, v in zip(responses, values, strict=True)]
 
@@ -199,11 +215,14 @@ def table4(rows, values, min_gap):
 
     -> {statistic of the token values: accuracy in [0, 1]}, a tie counting one half; number of pairs.
     """
+    # One number per row, as in the paper: mean, percentiles, the last value; not V(s_0)
     stats = {"mean": [q[1:].mean() for _, q in values]}
     for percentile in (1, 5, 10, 90, 95, 99):
         stats[f"P{percentile}"] = [np.percentile(q[1:], percentile) for _, q in values]
     stats["last"] = [q[-1] for _, q in values]
-    by_prompt, pairs = {}, []
+    # Pairs of rows on one prompt, the better one first
+    by_prompt = {}
+    pairs = []
     for i, row in enumerate(rows):
         by_prompt.setdefault(json.dumps(row["prompt"]), []).append(i)
     for group in by_prompt.values():
@@ -211,6 +230,7 @@ def table4(rows, values, min_gap):
             gap = rows[i]["reward"] - rows[j]["reward"]
             if abs(gap) > min_gap:
                 pairs.append((i, j) if gap > 0 else (j, i))
+    # How often the better row has the higher number
     better, worse = np.array(pairs, dtype=int).reshape(-1, 2).T
     accuracy = {}
     for name, stat in stats.items():
@@ -226,10 +246,12 @@ def correlation(x, y):
 def evaluate(run, gvm, tok, data):
     """What the paper reports of a GVM, and on the toy its distance from the truth -> OUT/eval.json."""
     args = run.args
+    # Each row stands behind a tau of its own policy, always the same one
     taus = []
     for i, row in enumerate(data):
         rng = np.random.default_rng([args.seed, i])
         taus.append(data.tau(row["policy"], row["prompt"], args.tau_pairs, rng))
+    # Table 4: which of two answers is better, by their token values
     values = token_values(gvm, tok, data, taus, args, run.device)
     accuracy, n_pairs = table4(data, values, args.min_gap)
 
@@ -239,10 +261,12 @@ def evaluate(run, gvm, tok, data):
         index = data.by_policy[policy]
         policies[policy] = dict(mean_reward=float(np.mean([data[i]["reward"] for i in index])),
                                 v0=float(np.mean([values[i][1][0] for i in index])))
+    # One policy alone has no order
     rewards = [about["mean_reward"] for about in policies.values()]
     v0s = [about["v0"] for about in policies.values()]
     v0_correlation = correlation(rewards, v0s) if len(policies) > 1 else math.nan
     ranked = v0_correlation > 0 and (np.argsort(rewards) == np.argsort(v0s)).all()
+    # The truth is known on the toy, and nowhere else
     found = dict(pairs=n_pairs, accuracy=accuracy, policies=policies, v0_correlation=v0_correlation,
                  v0_ranks_all_policies=bool(ranked))
     if args.true_q:
@@ -256,14 +280,17 @@ def evaluate(run, gvm, tok, data):
 def against_truth(tok, data, values, spec):
     """Token values beside the true ones, of the policies whose true value is known."""
     true_q = common.load_function(spec, unknown=KeyError)
-    q, truth = [], []
+    q = []
+    truth = []
     for row, (ids, value) in zip(data, values, strict=True):
+        # The values after 0, 1, 2, ... tokens of the response
         prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
         try:
             truth += [true_q(row["prompt"], prefix, row["policy"]) for prefix in prefixes]
             q += list(value)
         except KeyError:                    # a policy whose true value is not known
             pass
+    # Over all tokens of all rows
     rmse = float(np.sqrt(np.mean((np.array(q) - truth) ** 2)))
     return dict(correlation=correlation(q, truth), rmse=rmse, tokens=len(q))
 
@@ -283,6 +310,7 @@ def report(result):
 
 def colour(text, x):
     """Text on a background from red (x = -1) over white (0) to green (1)."""
+    # Red takes green and blue away, green takes red and blue
     r, g, b = (255 - int(max(0, x) * 155), 255 + int(min(0, x) * 155), 255 - int(abs(x) * 155))
     return f"\033[48;2;{r};{g};{b}m\033[30m{text}\033[0m"
 
@@ -292,11 +320,14 @@ def show(run, gvm, tok, prompt, response, tau):
     args = run.args
     row = dict(prompt=prompt, response=response)
     (ids, value), = token_values(gvm, tok, [row], [tau], args, run.device)
+    # The first value belongs to no token
     tokens = ["V(s_0)"] + [tok.decode([i]) for i in ids]
     found = dict(row, policy=args.policy, tokens=tokens, q=value.tolist())
+    # The truth, of a policy of the toy
     if args.true_q and args.policy:
         true_q = common.load_function(args.true_q, unknown=KeyError)
         found["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
+    # One scale for both rows
     scale = max(1e-6, np.abs(found["q"] + found.get("true_q", [])).max())
     for key in ("q", "true_q"):
         if key in found:
@@ -314,8 +345,11 @@ def main(argv=None):
     data = Labelled([args.heldout] if args.show else args.data, tok)
     run = common.Run(args, "gvm", show=("loss", "q_mean", "q_std"))
     device = run.device
+
+    # The trunk: the SFT model, frozen
     gvm = common.load_model(args.init_from, args, trainable=False)
     if args.show or args.eval_only:
+        # A GVM that is there goes onto this trunk
         return use_trained(run, gvm, tok, data)
 
     # An answer that never ends costs a share of what rewards differ by, so that Q sees it coming.
@@ -323,6 +357,7 @@ def main(argv=None):
     penalty = args.missing_eos_penalty * float(np.std([row["reward"] for row in data]))
     data.penalise(penalty)
     heldout.penalise(penalty)
+    # Say what there is to learn, and refuse data that teach nothing
     rewards = [row["reward"] for row in data]
     if np.std(rewards) == 0:
         common.die("--data: all rewards are equal, so that there is nothing to learn from them")
@@ -336,40 +371,46 @@ def main(argv=None):
     # The value model is an adapter and a head on the frozen SFT model.
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm", sees_token=not args.plain_head)
+    # Stop before any work where memory or positions are too few
     rows_per_pass = args.batch_size // args.grad_accum
     run.plan_memory({"trunk, GVM": gvm}, rows_per_pass, args.max_length)
+    # DeepSpeed over adapter and head, all that is trained
     engine = run.engine("gvm", gvm, args.lr, rows_per_pass, args.grad_accum)
     rows_per_update = args.batch_size * run.world               # all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / rows_per_update)
     state = run.resume()
     running = state["running"].to(device) if state else None   # moments of Q in the last updates
 
-    engine.train()
+    engine.train()                                              # dropout in the adapter
     for step in run.steps(steps):
         # 1. Batch: rows, each after --tau-pairs others of its policy
         sequences = []
         for i in run.batch(len(data), args.batch_size, step):
+            # Seeded by step and row: a resumed run draws the same
             rng = np.random.default_rng([args.seed, step, i])
             tau = data.tau(data[i]["policy"], data[i]["prompt"], args.tau_pairs, rng)
+            # Ids of all these rows, and where each of their responses begins and ends
             sequences.append(common.pack(tok, data[i], tau, args.max_length, args.tau_length))
-        if not args.batch_norm:             # which needs random micro-batches
+        # Similar lengths side by side: less padding. Batch norm needs random micro-batches.
+        if not args.batch_norm:
             sequences.sort(key=lambda sequence: len(sequence[0]))
-        ids, attn, mask, states, score = training_frame(sequences, device)
+        ids, attn, mask, states, score = training_frame(sequences, device)      # states (B, T+1)
         if args.dry_run:
             return run.show_batch(tok, ids, attn, mask, steps)
-        n_states = run.sum(states.sum())
+        n_states = run.sum(states.sum())                        # of all ranks
 
         # 2. Update: squared TD errors, eq. (1), a mean over the states of all passes and ranks, which
         #    DeepSpeed divides by
         run.set_lr(engine, args.lr * (1 - step / steps))
         loss = torch.zeros((), device=device)
-        q = []
+        q = []                                                  # of all passes, for the log
         for m in torch.arange(args.batch_size).chunk(args.grad_accum):
+            # One pass: a value at every state, (b, T+1)
             q_m = engine(ids[m], attn[m], mask.shape[1], adapter="gvm", head="gvm")
             loss_m = gvm_loss(q_m, score[m], states[m], args) / n_states
             engine.backward(loss_m * args.grad_accum * run.world)
             engine.step()
-            loss += loss_m.detach()
+            loss += loss_m.detach()                             # the sum over passes is the mean
             q.append(q_m.detach())
 
         # 3. Moments of Q over response tokens, a mean of about the last five updates: dvpo.py divides by
@@ -380,9 +421,9 @@ def main(argv=None):
         run.log(loss=loss * run.world, q_mean=q_mean, q_std=q_std, tokens=run.sum(mask.sum()))
         run.keep(running=running)
 
-    # 4. Save, measure
-    engine.eval()
-    q_mean, q_std = running.tolist()
+    # 4. Save what RL must know of the GVM beside its weights, measure on held-out rows
+    engine.eval()                                               # no dropout
+    q_mean, q_std = running.tolist()                            # in units of reward
     keys = ("tau_pairs", "tau_length", "max_length", "init_from")
     about = {key: getattr(args, key) for key in keys}
     about |= dict(missing_eos_penalty=penalty, q_mean=q_mean, q_std=q_std,
@@ -394,17 +435,20 @@ def main(argv=None):
 def use_trained(run, gvm, tok, data):
     """--show or --eval-only: figure 4 or table 4 of --gvm."""
     args = run.args
+    # The GVM, and how it was trained: rows are cut and penalised as then
     about = common.load_adapter(gvm, tok, args.gvm, f"python train_gvm.py --model {args.model}")
     data.penalise(about.get("missing_eos_penalty", 0.0))
     args.tau_pairs = about["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     args.tau_length = about["tau_length"]
     args.max_length = about["max_length"]
     common.check_context(gvm, args.max_length, "--max-length")
-    gvm.eval()
+    gvm.eval()                                                  # no dropout
     if not args.show:
+        # Table 4, on --data
         return evaluate(run, gvm, tok, data)
     if args.policy and args.policy not in data.by_policy:
         common.die(f"--policy {args.policy}: {args.heldout} has only {sorted(map(str, data.by_policy))}")
+    # Without --policy there is no tau
     prompt, response = args.show
     tau = data.tau(args.policy, prompt, args.tau_pairs, np.random.default_rng(args.seed))
     return show(run, gvm, tok, prompt, response, tau)

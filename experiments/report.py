@@ -1,71 +1,49 @@
 """The table at the end of `make demo`: SFT, DVPO and PPO side by side, from what the stages wrote.
 
-    python experiments/report.py [--out out/tiny]         prints the table, writes OUT/report.json
+    python experiments/report.py [--out out/tiny]         prints it, writes OUT/report.md
 """
 import argparse
-import json
 import os
+import sys
 
 import numpy as np
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-def read(path, default=None):
-    if default is not None and not os.path.exists(path):
-        return default
-    with open(path) as f:
-        return json.load(f)
+from experiments.shared import reach, read_json, read_lines, table
 
-
-def load(folder):
-    """metrics.jsonl, summary.json, and the models of memory.json; empty where not written."""
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        metrics = [json.loads(line) for line in f]
-    summary, memory = (read(os.path.join(folder, name), {}) for name in ("summary.json", "memory.json"))
-    return metrics, summary, memory.get("models", {})
+NAMES = ["", "gold reward", "KL to SFT", "RL steps to 90 % of its own gain", "seconds to there",
+         "seconds in all", "peak MB", "parameters held", "trained"]
 
 
-def reach(rows, share=0.9, window=5):
-    """(steps, seconds) until the gold reward, a mean over `window` steps, made `share` of its whole gain."""
-    gold = np.array([row["gold"] for row in rows])
-    smooth = np.convolve(gold, np.ones(window) / window, "valid")       # entry i ends at step i + window - 1
-    final = gold[-max(1, len(gold) // 10):].mean()
-    reached = np.nonzero(smooth >= gold[0] + share * (final - gold[0]))[0]
-    i = min(int(reached[0]) + window - 1, len(rows) - 1) if len(reached) else len(rows) - 1
-    return i + 1, rows[i]["seconds"]
-
-
-def table(out):
-    """-> list of rows (dicts), one for each stage that has run."""
-    rows = []
-    for stage in ("sft", "dvpo", "ppo"):
-        if not os.path.exists(os.path.join(out, stage, "summary.json")):
-            continue
-        metrics, summary, models = load(os.path.join(out, stage))
-        row = dict(stage=stage.upper(), gold=summary.get("gold"), kl=summary.get("kl", 0.0))
-        row["peak_mb"] = max(step["peak_bytes"] for step in metrics) / 2**20
-        row["held"] = sum(model["parameters"] for model in models.values())
-        row["trained"] = sum(model["trainable"] for model in models.values())
-        if "gold" in metrics[0]:
-            row["steps_90"], row["seconds_90"] = reach(metrics)
-            row["seconds"] = metrics[-1]["seconds"]
-        rows.append(row)
-    return rows
+def row(folder):
+    """One stage: what it ended with, what it took."""
+    metrics = read_lines(f"{folder}/metrics.jsonl")
+    summary = read_json(f"{folder}/summary.json")
+    models = read_json(f"{folder}/memory.json")["models"].values()
+    cells = [os.path.basename(folder).upper(), f"{summary['gold']:.3f}", f"{summary.get('kl', 0):.2f}"]
+    if "gold" in metrics[0]:
+        gold = [step["gold"] for step in metrics]
+        final = np.mean(gold[-max(1, len(gold) // 10):])
+        steps = reach(gold, gold[0] + 0.9 * (final - gold[0])) or len(gold)
+        seconds = [metrics[i]["seconds"] for i in (steps - 1, -1)]
+        cells += [steps, *(f"{x:.0f}" for x in seconds)]
+    else:
+        cells += ["", "", ""]
+    cells.append(f"{max(step['peak_bytes'] for step in metrics) / 2**20:.0f}")
+    return cells + [f"{sum(model[key] for model in models):,}" for key in ("parameters", "trainable")]
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/tiny", help="folder with the stages' output (default: out/tiny)")
     args = p.parse_args(argv)
-    rows = table(args.out)
-    print(f"{'':6}{'gold reward':>12}{'KL to SFT':>11}{'steps to 90 %':>15}{'seconds':>9}{'of':>8}"
-          f"{'peak MB':>9}{'parameters held':>17}{'trained':>10}")
-    for row in rows:
-        to_90 = "steps_90", "seconds_90", "seconds"
-        steps, seconds, total = (f"{row[key]:.0f}" if key in row else "-" for key in to_90)
-        print(f"{row['stage']:6}{row['gold']:>12.3f}{row['kl']:>11.2f}{steps:>15}{seconds:>9}{total:>8}"
-              f"{row['peak_mb']:>9.0f}{row['held']:>17,}{row['trained']:>10,}")
-    with open(os.path.join(args.out, "report.json"), "w") as f:
-        json.dump(rows, f, indent=1)
+    folders = [f"{args.out}/{stage}" for stage in ("sft", "dvpo", "ppo")]
+    rows = [row(folder) for folder in folders if os.path.exists(f"{folder}/summary.json")]
+    lines = table(NAMES, rows)
+    with open(f"{args.out}/report.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What the experiments share: runs of a stage, intervals over seeds, commit and machine, results on disk."""
-import argparse
+"""What the experiments share: runs of a stage, statistics over seeds, pages of results."""
 import concurrent.futures
 import json
 import os
@@ -9,42 +8,69 @@ import sys
 
 import numpy as np
 
-T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # Student's t, for 2 to 10 seeds
+# Student's t at 95 %, for 2 to 10 seeds
+T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def stage(script, out, *argv):
-    """Run one stage unless it has finished before, with these very flags; its output goes to OUT.log.
-
-    The KL coefficient is constant unless they name a --kl-target: an experiment sets what it compares.
-    """
-    if script in ("dvpo.py", "ppo_baseline.py") and "--kl-target" not in argv:
-        argv = *argv, "--kl-target", 0
-    done, words = os.path.join(out, "done"), " ".join(map(str, argv))
+def stage(script, out, *flags):
+    """Run one stage unless it has finished before, with these very flags; its output goes to OUT.log."""
+    done = os.path.join(out, "done")
+    words = " ".join(map(str, flags))
     if os.path.exists(done):
         with open(done) as f:
-            if (before := f.read()) not in ("", words):
-                sys.exit(f"error: {out} holds a run with other flags ({before}): remove it, or name another")
+            before = f.read()
+        if before != words:
+            sys.exit(f"error: {out} holds a run with other flags ({before}): remove it, or name another")
         return
     os.makedirs(out, exist_ok=True)
     with open(out + ".log", "w") as log:
         subprocess.run([sys.executable, script, "--out", out, *words.split()], stdout=log, stderr=log,
                        check=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    # A stage that was told to stop ends well, too, but without its measurements
+    if not any(os.path.exists(f"{out}/{name}.json") for name in ("summary", "eval")):
+        sys.exit(f"error: {out}: {script} was stopped; see {out}.log")
     with open(done, "w") as f:
         f.write(words)
-
-
-def seeds_parser(doc, **kwargs):
-    """--seeds and --report, which every experiment over seeds has."""
-    kwargs |= dict(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p = argparse.ArgumentParser(**kwargs)
-    p.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="(default: 11 to 15)")
-    p.add_argument("--report", action="store_true", help="train nothing")
-    return p
 
 
 def two_at_a_time(function, jobs):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(function, jobs))
+
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+def read_lines(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def final(folder):
+    """How an RL run ended: gold reward and KL over the last tenth of its steps, and of fresh answers."""
+    rows = read_lines(f"{folder}/metrics.jsonl")
+    summary = read_json(f"{folder}/summary.json")
+    found = dict(heldout=summary["gold"], heldout_kl=summary["kl"], steps=len(rows))
+    seconds = [row["seconds"] for row in rows]
+    found["step_seconds"] = float(np.median(np.diff(seconds)))
+    if "gold" in rows[0]:
+        last = rows[-max(1, len(rows) // 10):]
+        found["first"] = rows[0]["gold"]
+        found["final"] = float(np.mean([row["gold"] for row in last]))
+        found["kl"] = float(np.mean([row["kl"] for row in last]))
+        found["gold"] = [round(row["gold"], 4) for row in rows]
+    else:                                               # DPO has no rollouts while it trains
+        found |= dict(final=summary["gold"], kl=summary["kl"])
+    return found
+
+
+def reach(gold, level, window=5):
+    """Steps until the gold reward, a mean over `window` steps, is at this level; None: never."""
+    smooth = np.convolve(gold, np.ones(window) / window, "valid")
+    there = np.nonzero(smooth >= level)[0]
+    return int(there[0]) + window if len(there) else None
 
 
 def interval(x, digits=2, sign=""):
@@ -61,40 +87,6 @@ def interval(x, digits=2, sign=""):
 def table(names, rows):
     """A Markdown table -> its lines."""
     return ["| " + " | ".join(map(str, row)) + " |" for row in (names, ["---"] * len(names), *rows)]
-
-
-WINDOW = 64                                             # tokens
-
-
-def window_means(runs, new):
-    """Of a rollout of `new` tokens, {way: seconds and MB after each} -> rows: tokens, ms per token and MB of
-    each way. The first of the new tokens is read off the prompt, so that there are new - 1 steps."""
-    rows = []
-    for end in [*range(WINDOW, new, max(1, new // WINDOW // 4) * WINDOW), new]:
-        last, cells = min(end, new - 1), [f"{end - WINDOW} to {end}"]
-        for run in runs.values():
-            cells += [f"{1000 * np.mean(run['seconds'][last - WINDOW:last]):.0f}",
-                      f"{run['held'][last - 1]:,.0f}"]
-        rows.append(cells)
-    return rows
-
-
-def final(folder):
-    """{final, best, fall, kl, held-out gold and KL} of one RL run.
-
-    final: mean gold reward of the last tenth of the steps; fall: from the best window to the worst of the
-    last third.
-    """
-    with open(f"{folder}/metrics.jsonl") as f:
-        rows = [json.loads(line) for line in f]
-    n = max(1, len(rows) // 10)
-    gold = np.convolve([r["gold"] for r in rows], np.ones(n) / n, "valid")
-    with open(f"{folder}/summary.json") as f:
-        summary = json.load(f)
-    return dict(first=rows[0]["gold"], final=gold[-1], best=gold.max(),
-                fall=gold.max() - gold[-len(gold) // 3:].min(), kl=np.mean([r["kl"] for r in rows[-n:]]),
-                heldout=summary["gold"], heldout_kl=summary["kl"], seconds=rows[-1]["seconds"],
-                steps=len(rows))
 
 
 def commit():

@@ -1,14 +1,13 @@
-import argparse
+import importlib
 import json
 import sys
 
 import numpy as np
 import pytest
-import torch
-from helpers import PROMPT, RL, close, example_frame, path, script, tiny_gpt2, tiny_llama, world
+from helpers import PROMPT, RL, close, path, script, world
 
 import common
-import train_gvm
+import dvpo
 from data import toy
 
 
@@ -18,23 +17,6 @@ def test_interval_by_hand():
     assert interval([1, 2, 3]) == "2.00 ± 2.48"         # sd 1, t(2 degrees of freedom) 4.303 / sqrt(3)
     assert interval([0.5, -0.25], 3, "+") == "+0.125 ± 4.766"
     assert interval([0.7]) == "0.70" and interval([]) == "never"
-
-
-def test_policy_gradient_of_the_theorem():
-    """Against plain log-softmax over whole logits, row by row."""
-    from experiments import theorem
-
-    model = tiny_gpt2()
-    _, _, ids, attn, mask = example_frame(toy.tokenizer())
-    adv = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
-    got = theorem.gradient(model, ids, attn, mask, adv, torch.arange(len(ids)))
-    model.zero_grad()
-    for row in range(len(ids)):
-        real = ids[row][attn[row].bool()][None]
-        n = int(mask[row].sum())
-        logp = model.lm(real).logits.log_softmax(-1)[0, -n - 1:-1].gather(1, real[0, -n:, None])[:, 0]
-        ((logp * adv[row, :n]).sum() / len(ids)).backward()
-    close(got, torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None]), 1e-4)
 
 
 TAU = [("review the wine and the room .", "the wine was lovely . the room was not sad . <eos>".split())]
@@ -86,77 +68,87 @@ def test_exact_value_in_the_place_of_a_model():
     close(q, np.array([exact.best_value(TAU, PROMPT, words), short]))
 
 
-def test_blunders():
-    from experiments import exact
-
-    state, events = toy.State(), []
-    for word in "the wine was very rude . the soup staff <eos>".split():
-        kind, state = exact.event(state, word, toy.requested(PROMPT))
-        events.append(kind)
-    assert events == [None, "wrong noun", None, None, "unkind", None, None, None, "broken", "early end"]
-
-
 def test_dvpo_learns_behind_exact_values():
     world()
-    done = script(sys.executable, "experiments/exact.py", "--one", *RL, "--max-steps", "10", "--seed", "7",
+    done = script(sys.executable, "experiments/exact.py", *RL, "--max-steps", "10", "--seed", "7",
                   "--out", path("exact"))
     assert done.returncode == 0, done.stderr
     with open(path("exact/run.json")) as f:
-        assert json.load(f)["seed"] == 7                # no flag of dvpo.py's is taken for one of the tool's
+        assert json.load(f)["seed"] == 7
     with open(path("exact/metrics.jsonl")) as f:
         rows = [json.loads(line) for line in f]
     assert rows[0]["ratio_first"] == 1.0 and rows[-1]["gold"] > rows[0]["gold"] + 0.2, rows
 
 
-def test_real_text_pairs_by_hand():
-    from experiments import real_text
+def test_commands_of_the_experiments():
+    """Every command of the toy's and of SmolLM2's tables is one that its script understands."""
+    from experiments import smollm2
+    from experiments import toy as toy_runs
 
-    about = ("a", "x", 1.0), ("a", "jina-chat", 0.0), ("a", "x", 0.05), ("b", "x", -1.0), ("b", "y", 1.0)
-    rows = [dict(prompt=prompt, policy=policy, reward=reward) for prompt, policy, reward in about]
-    numbers = 3, 2, 2, 0, 0                             # a: two right pairs, one too close; b: a tie
-    counts = real_text.right_pairs(rows, numbers)
-    close(counts, [[[2, 2], [1, 1]], [[0.5, 1], [0, 0]]])
-    close(real_text.accuracies(counts), [2.5 / 3, 1])
-    table4, pairs = train_gvm.table4(rows, [(None, np.array([0.0, x])) for x in numbers], real_text.MIN_GAP)
-    assert pairs == 3 and abs(table4["mean"] - 2.5 / 3) < 1e-9
-
-
-def test_real_text_gain_by_hand():
-    """Two prompts of one pair: better on the first, equal on the second. Drawn anew: 0, 1/2 or 1."""
-    from experiments import real_text
-
-    right, wrong = np.array([[1, 1], [1, 1]]), np.array([[0, 1], [0, 1]])
-    found = real_text.gain([np.array([right, right])], [np.array([wrong, right])])
-    close(found["mean"], [0.5, 0.5])
-    close(found["low"], [0, 0])
-    close(found["high"], [1, 1])
+    commands = [command for _, runs in toy_runs.EXPERIMENTS.values() for command in runs.values()]
+    commands += [*toy_runs.MODELS.values(), *(command for _, command, _ in smollm2.RUNS.values())]
+    names = {name: "out" for name in toy_runs.MODELS}
+    for command in commands:
+        script, *flags = command.format(root="out", **names).split()
+        stage = dvpo if script == "experiments/exact.py" else importlib.import_module(script_name(script))
+        stage.parse_args(flags)
 
 
-class Taus(common.Rows):
-    tau = common.Rows.draw
+def script_name(path):
+    return path.removesuffix(".py").replace("/", ".")
 
 
-def test_real_text_values_behind_a_tau_that_is_read_once():
-    """Against train_gvm.py, which reads every row whole."""
-    from experiments import real_text
+def test_models_of_a_command():
+    from experiments import toy as toy_runs
 
-    tok, model = toy.tokenizer(), tiny_llama()
-    model.add_adapter("gvm", 4, 8)
-    model.add_head("gvm", sees_token=True)
-    with torch.no_grad():
-        for p in model.adapter_parameters("gvm").values():
-            p.normal_(0, 0.3)
-    said = "the soup was great .", "the soup was not kind . the staff was rude .", "the wine was cold ."
-    rows = [dict(prompt=PROMPT, response=text, reward=0.0, policy=policy)
-            for text, policy in zip(said, "xyx", strict=True)]
-    tau = [dict(rows[i], prompt="review the wine .", response=f"the room was {word} .")
-           for i, word in ((0, "kind"), (1, "rude"))]
-    meta = dict(name="gvm", tau_pairs=1, max_length=128, tau_length=16)
-    got = real_text.row_values(model, tok, common.Rows(rows), Taus(tau), meta, seed=1)
-    with torch.no_grad():
-        args = argparse.Namespace(**meta)
-        whole = train_gvm.token_values(model, tok, rows, [tau[:1], tau[1:], tau[:1]], args, "cpu")
-        bare = train_gvm.token_values(model, tok, rows, [[], [], []], args, "cpu")
-    for own, (_, values), (_, without) in zip(got, whole, bare, strict=True):
-        close(own, values, 1e-4)
-        assert abs(values - without).max() > 1e-2       # the tau is seen
+    assert toy_runs.models_of(toy_runs.PPO + " --critic-from gvm") == ["gvm", "rm"]
+    assert toy_runs.models_of("experiments/exact.py --tau-pairs 0") == []
+
+
+def test_page_of_an_experiment_by_hand():
+    """Two seeds: PPO goes from 0 to 1 in steps of 0.1, DVPO is there at once."""
+    from experiments import toy as toy_runs
+
+    slow = [i / 10 for i in range(11)]
+    dvpo_run = dict(heldout=0.5, kl=1.0, step_seconds=0.25, gold=[1.0] * 11)
+    runs = {"DVPO": [dict(dvpo_run, final=1.0), dict(dvpo_run, final=0.5)],
+            "PPO": [dict(first=0.0, final=1.0, heldout=0.25, kl=2.0, step_seconds=0.5, gold=slow)] * 2}
+    models = {"gvm": [dict(seconds=10.0, accuracy=0.75, correlation=0.5)] * 2,
+              "rm": [dict(seconds=20.0, accuracy=0.5)] * 2}
+    about = dict(title="By hand", seeds=[1, 2], command="c", commit="x", machine="m", commands=dict(DVPO="d"))
+    page = "\n".join(toy_runs.page(dict(about, runs=runs, models=models)))
+    # 12.71 * 0.3536 / sqrt(2)
+    assert "| DVPO | 0.750 ± 3.178 | 0.500 ± 0.000 | 1.00 ± 0.00 |  | 5 ± 0 | 0.25 ± 0.00 |" in page
+    # Means of five steps reach 0.8 at the steps 0.6 to 1.0, the eleventh
+    assert "| PPO | 1.000 ± 0.000 | 0.250 ± 0.000 | 2.00 ± 0.00 | +0.250 ± 3.178 | 11 ± 0 |" in page
+    assert "| `gvm` | 10 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000 |" in page
+    assert "| `rm` | 20 ± 0 | 0.500 ± 0.000 |  |" in page
+
+
+def test_a_stopped_stage_is_not_done(tmp_path, monkeypatch):
+    """A stage that was told to stop exits with 0, too: it counts only once it has measured itself."""
+    from experiments import shared
+
+    monkeypatch.setattr(shared.subprocess, "run", lambda *_, **__: None)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match="was stopped"):
+        shared.stage("dvpo.py", str(out), "--lr", 1)
+    (out / "summary.json").write_text("{}")
+    shared.stage("dvpo.py", str(out), "--lr", 1)
+    assert (out / "done").read_text() == "--lr 1"
+    with pytest.raises(SystemExit, match="other flags"):
+        shared.stage("dvpo.py", str(out), "--lr", 2)
+
+
+def test_pages_name_their_numbers(tmp_path, monkeypatch):
+    """A wrong table and a number that no page has are both found."""
+    from experiments import pages
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/a.md").write_text("# A\n\n## Runs\n\n| x |\n| --- |\n| 0.123 |\n\nmore\n")
+    monkeypatch.setattr(pages, "ROOT", str(tmp_path))
+    text = "## S\n\n<!-- a.md: Runs -->\n| x |\n| --- |\n| 0.124 |\n\nIt is 0.123, in a.md, not 0.99.\n"
+    assert "| 0.123 |\n\nIt" in pages.with_tables(text)
+    assert pages.strangers(pages.with_tables(text)) == ["0.99"]
+    with pytest.raises(SystemExit, match="no heading"):
+        pages.source_table("a.md", "Other")
