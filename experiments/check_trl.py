@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
-from comparators import dpo, grpo
+from comparators import critic_free, dpo
 from data import toy
 from experiments.shared import commit, machine, table, write_results
 
@@ -76,7 +76,7 @@ def check_grpo(lm, reference, old, tok, folder):
         trainer = trl.GRPOTrainer(theirs, lambda completions, **_: [0.0] * B, config, data,
                                   processing_class=tok)
         trainer.current_gradient_accumulation_steps = 1
-        adv, _ = grpo.group_advantage(score, GROUP, "mean", "std")
+        adv, _ = critic_free.group_advantage(score, GROUP, "mean", "std")
         inputs = dict(prompt_ids=ids[:, :P], prompt_mask=attn[:, :P], completion_ids=ids[:, P:],
                       completion_mask=mask.long(), advantages=adv, old_per_token_logps=old_logp,
                       ref_per_token_logps=ref_logp, num_items_in_batch=mask.sum())
@@ -84,8 +84,8 @@ def check_grpo(lm, reference, old, tok, folder):
         weight = mask / (mask.sum(1, keepdim=True) if loss_mean == "response" else 1)
         args = argparse.Namespace(clip=CLIP, kl_coef=BETA)
         logp = ours(ids, attn, T)
-        loss, _ = grpo.grpo_loss(logp, old_logp, ref_logp, adv[:, None], weight / weight.sum(),
-                                 args.clip, args.kl_coef)
+        loss, _ = critic_free.clipped_loss(logp, old_logp, ref_logp, adv[:, None], weight / weight.sum(),
+                                           args.clip, args.kl_coef)
         found[f"GRPO, --loss-mean {loss_mean} (TRL: {loss_type})"] = compare(loss, ours, their_loss, theirs)
     return found
 

@@ -32,8 +32,8 @@ RUNS = {
     "ppo_gvm_frozen": ("ppo_baseline.py", [*PPO_VALUE, "--critic-from", "gvm", "--freeze-critic"], [1]),
     "dvpo_no_tau": ("dvpo.py", ["--tau-pairs", "0"], [1]),
     "dvpo_lora": ("dvpo.py", ["--lora", "--lr", "1e-4"], [1]),
-    "grpo": ("comparators/grpo.py", ["--group-size", "4", "--scale", "none", "--loss-mean", "token",
-                                     "--kl-target", "6", "--kl-coef", "0.2"], [1]),
+    "grpo": ("comparators/critic_free.py", ["--method", "dr_grpo", "--group-size", "4",
+                                            "--kl-target", "6", "--kl-coef", "0.2"], [1]),
     "dpo": ("comparators/dpo.py", ["--max-steps", "60"], [1]),
     "dvpo_from_0.05": ("dvpo.py", ["--kl-coef", "0.05"], [1]),
     "dvpo_from_0.5": ("dvpo.py", ["--kl-coef", "0.5"], [1]),
@@ -72,7 +72,7 @@ def train(job):
         return
     command = [sys.executable, script, "--model", "smollm2", "--dtype", dtype, "--seed", str(seed),
                "--out", out, "--resume", *flags]
-    if script == "comparators/grpo.py":
+    if script == "comparators/critic_free.py":
         command += ["--rm", f"{OUT}/rm/model"]
     if script == "comparators/dpo.py":
         command += ["--pairs", *PAIRS, "--pairs-heldout", f"{OUT}/heldout_pairs.jsonl"]

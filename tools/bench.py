@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import common
 import dvpo
 import ppo_baseline
-from comparators import dpo, grpo, remax
+from comparators import critic_free, dpo
 from runtime.metrics import synchronize
 
 
@@ -58,7 +58,8 @@ SHAPES = {
                        num_attention_heads=32, tie_word_embeddings=False),
 }
 STAGES = {"ppo": (ppo_baseline, ()), "dvpo": (dvpo, ()), "lora": (dvpo, ("--lora",))}
-COMPARATORS = {"grpo": (grpo, ("--group-size", 4)), "remax": (remax, ()), "dpo": (dpo, ())}
+COMPARATORS = {"grpo": (critic_free, ("--group-size", 4)), "remax": (critic_free, ("--method", "remax")),
+               "dpo": (dpo, ())}
 SCRIPTS = STAGES | COMPARATORS
 TRL = {"trl_ppo": ("ppo", "dvpo", "lora"), "trl_grpo": ("grpo",), "trl_dpo": ("dpo",)}      # and ours beside
 TAU_PAIRS = 3

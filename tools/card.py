@@ -44,7 +44,8 @@ TOY = (                                                 # two rounds, each side 
      "ppo": ("ppo_baseline.py", *RL), "ppo_z1": ("ppo_baseline.py", *RL, "--zero", 1),
      "ppo_z3": ("ppo_baseline.py", *RL, "--zero", 3),
      "ppo_no_static": ("ppo_baseline.py", *RL, "--no-static-cache"),
-     "grpo": ("comparators/grpo.py", *RL), "remax": ("comparators/remax.py", *RL)},
+     "grpo": ("comparators/critic_free.py", *RL),
+     "remax": ("comparators/critic_free.py", "--method", "remax", *RL)},
 )
 RESUMED = "dvpo", "dvpo_z1", "lora", "ppo_z1"
 
