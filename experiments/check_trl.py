@@ -104,7 +104,8 @@ def check_dpo(lm, reference, tok, folder):
                   position_ids=(attn.cumsum(1) - 1).clamp(min=0))
     their_loss = trainer._compute_loss(theirs, inputs, return_outputs=False)
     ref_logp = (log_probs(reference, ids, attn, mask.shape[1]) * mask).sum(1)
-    loss, _ = dpo.dpo_loss(dpo.response_logp(ours, ids, attn, mask, None), ref_logp, 0.1)
+    logp = (ours(ids, attn, mask.shape[1]) * mask).sum(1)
+    loss, _, _ = dpo.dpo_loss(logp.view(2, -1), ref_logp.view(2, -1), 0.1)
     return {"DPO": compare(loss, ours, their_loss, theirs)}
 
 

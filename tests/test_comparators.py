@@ -61,9 +61,12 @@ def cases():
 
 
 def test_losses_by_hand():
-    loss, margin = dpo.dpo_loss(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -18.0]), 0.1)
-    close(margin, [0.4])
-    close(loss, math.log(1 + math.exp(-0.4)))
+    # margins 0.4 and -0.3
+    logp, ref = torch.tensor([[-10.0, -9.0], [-20.0, -9.0]]), torch.tensor([[-12.0, -6.0], [-18.0, -9.0]])
+    loss, accuracy, margin = dpo.dpo_loss(logp, ref, 0.1)
+    close(margin, 0.05)
+    close(accuracy, 0.5)
+    close(loss, (math.log(1 + math.exp(-0.4)) + math.log(1 + math.exp(0.3))) / 2)
     logp = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -1.0, -9.0]], requires_grad=True)
     ref = torch.tensor([[-2.0, -2.0, -9.0], [-1.0, -50.0, -9.0]])           # a log-ratio is cut at 20
     weight = torch.tensor([[1.0, 1.0, 0.0]]).expand(2, 3)
