@@ -41,8 +41,8 @@ RUNS = {
                        f"ppo_baseline.py {PAIRS} --critic-from gvm --freeze-critic", [1]),
     "dvpo_no_tau": ("DVPO, no tau", "dvpo.py --tau-pairs 0", [1]),
     "dvpo_lora": ("DVPO `--lora`", "dvpo.py --lora --lr 1e-4", [1]),
-    "grpo": ("GRPO", f"comparators/critic_free.py --rm {OUT}/rm/model --group-size 4 --scale none "
-             "--loss-mean token --kl-target 6 --kl-coef 0.2", [1]),
+    "grpo": ("GRPO", f"comparators/critic_free.py --method dr_grpo --rm {OUT}/rm/model --group-size 4 "
+             "--kl-target 6 --kl-coef 0.2", [1]),
     "dpo": ("DPO", f"comparators/dpo.py {PAIRS} --pairs-heldout {OUT}/heldout_pairs.jsonl "
             "--max-steps 60", [1]),
     "dvpo_from_0.05": ("DVPO, kl_coef from 0.05", "dvpo.py --kl-coef 0.05", [1]),

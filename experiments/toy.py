@@ -69,8 +69,8 @@ EXPERIMENTS = {
         "DPO": f"comparators/dpo.py {PAIRS}",
         "ReMax": "comparators/critic_free.py --method remax --rm {rm} --max-steps 150",
         "GRPO": "comparators/critic_free.py --rm {rm} --max-steps 150",
-        "GRPO, no std, token mean":
-            "comparators/critic_free.py --rm {rm} --max-steps 150 --scale none --loss-mean token",
+        "GRPO, no std, token mean": "comparators/critic_free.py --method dr_grpo --rm {rm} --max-steps 150",
+        "RLOO": "comparators/critic_free.py --method rloo --rm {rm} --max-steps 150",
     }),
     "critic": ("Where the value comes from", {
         "DVPO": f"{DVPO} {TARGET}",

@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers import (
     RL,
-    Args,
     close,
     path,
     refused,
@@ -27,12 +26,14 @@ from helpers import (
     zero_3,
 )
 
+import dvpo
 import ppo_baseline
-from comparators import dpo, grpo, remax
+from comparators import critic_free, dpo
 from data import toy
 
 GOLD = "--reward", "data/toy.py:gold_reward"
 SMALL = "--batch-size", "16", "--mini-batch-size", "8", "--max-new-tokens", "16"
+GRPO, REMAX = ("--method", "grpo"), ("--method", "remax")
 
 
 def reward_model():
@@ -54,48 +55,58 @@ def cases():
     own = "--init-from", path("sft/model"), "--heldout", path("toy/prompts_heldout.jsonl")
     rl, rm = (*RL, *SMALL, *steps), ("--rm", reward_model())
     flags = (*own, *pairs, *steps, "--batch-size", "16")
-    return [(dpo, flags), (remax, (*rl, *rm)), (grpo, (*rl, *rm, "--grad-accum", "2")),
-            (dpo, (*flags, "--lora")), (remax, (*rl, *rm, "--lora")), (grpo, (*rl, *GOLD, "--lora"))]
+    return [(dpo, flags), (critic_free, (*REMAX, *rl, *rm)),
+            (critic_free, (*GRPO, *rl, *rm, "--grad-accum", "2")), (dpo, (*flags, "--lora")),
+            (critic_free, (*REMAX, *rl, *rm, "--lora")), (critic_free, (*GRPO, *rl, *GOLD, "--lora"))]
 
 
 def test_losses_by_hand():
-    loss, margin = dpo.dpo_loss(torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -18.0]), 0.1)
-    close(margin, [0.4])
-    close(loss, math.log(1 + math.exp(-0.4)))
-    score, greedy = torch.tensor([0.5, 1.0]), torch.tensor([0.75, -1.0])
-    logp, ref = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]), torch.tensor([[-2.0, -2.0], [-1.0, -50.0]])
-    adv = remax.remax_advantage(score, greedy, logp, ref, 0.1)              # -0.25, 2; a ratio is cut at 20
-    close(adv, [[-0.25 - 0.1, -0.25], [2 + 0.2, 2 - 2.0]])
-    mask, logp = torch.ones(1, 3), torch.tensor([[-1.0, -2.0, -9.0]])
-    mask[0, 2] = 0
-    close(remax.remax_loss(logp, torch.tensor([[0.5, -1.0, 7.0]]), mask, 4), -(-0.5 + 2.0) / 4)
+    # margins 0.4 and -0.3
+    logp, ref = torch.tensor([[-10.0, -9.0], [-20.0, -9.0]]), torch.tensor([[-12.0, -6.0], [-18.0, -9.0]])
+    loss, accuracy, margin = dpo.dpo_loss(logp, ref, 0.1)
+    close(margin, 0.05)
+    close(accuracy, 0.5)
+    close(loss, (math.log(1 + math.exp(-0.4)) + math.log(1 + math.exp(0.3))) / 2)
+    logp = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -1.0, -9.0]], requires_grad=True)
+    ref = torch.tensor([[-2.0, -2.0, -9.0], [-1.0, -50.0, -9.0]])           # a log-ratio is cut at 20
+    weight = torch.tensor([[1.0, 1.0, 0.0]]).expand(2, 3)
+    adv = torch.tensor([[-0.25 - 0.1, -0.25, 0.0], [2 + 0.2, 2 - 2.0, 0.0]])    # less 0.1 log-ratios
+    loss = critic_free.reinforce_loss(logp, ref, torch.tensor([[-0.25], [2.0]]), weight, 0.1)
+    close(loss, -(logp * adv).sum())
+    close(torch.autograd.grad(loss, logp)[0], -adv)                         # the KL is in the reward
     # ratios 1.1 and 1.5 (clipped to 1.2); k3 is 0 and 2 - log 2 - 1
     args, old = argparse.Namespace(clip=0.2, kl_coef=0.1), torch.zeros(1, 3)
     logp = torch.tensor([[1.1, 1.5, 9.0]]).log()
     ref = logp + torch.tensor([[0.0, math.log(2), 3.0]])
     weight = torch.tensor([[0.5, 0.5, 0.0]])
-    loss, stat = grpo.grpo_loss(logp, old, ref, torch.ones(1, 1), weight, args.clip, args.kl_coef)
+    loss, stat = critic_free.clipped_loss(logp, old, ref, torch.ones(1, 1), weight, args.clip, args.kl_coef)
     close(loss, -(0.5 * 1.1 + 0.5 * (1.2 - 0.1 * (1 - math.log(2)))))
     close(stat["clip_frac"], 0.5)
     close(stat["ratio"], 1.3)
-    loss, _ = grpo.grpo_loss(logp, old, ref, -torch.ones(1, 1), weight, args.clip, args.kl_coef)
+    loss, _ = critic_free.clipped_loss(logp, old, ref, -torch.ones(1, 1), weight, args.clip, args.kl_coef)
     close(loss, 0.5 * 1.1 + 0.5 * (1.5 + 0.1 * (1 - math.log(2))))
 
 
 def test_group_advantage_by_hand():
     score, a = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0]), 0.5 / math.sqrt(1 / 3)
-    adv, no_signal = grpo.group_advantage(score, 4, "mean", "std")
+    adv, no_signal = critic_free.group_advantage(score, 4, "mean", "std")
     close(adv, [a, -a, -a, a, 0, 0, 0, 0], 1e-5)
     close(no_signal, 0.5)
-    adv, _ = grpo.group_advantage(score, 4, "loo", "none")      # 1 - (0 + 0 + 1) / 3
+    adv, _ = critic_free.group_advantage(score, 4, "loo", "none")           # 1 - (0 + 0 + 1) / 3
     close(adv, [2 / 3, -2 / 3, -2 / 3, 2 / 3, 0, 0, 0, 0])
+    adv, _ = critic_free.group_advantage(score, 4, "greedy", "none", torch.tensor([0.75, 3.0]))
+    close(adv, [0.25, -0.75, -0.75, 0.25, -1, -1, -1, -1])
+    adv, _ = critic_free.group_advantage(score[:2], 1, "greedy", "none", torch.tensor([0.75, -1.0]))
+    close(adv, [0.25, 1.0])
 
 
 def test_greedy_responses():
     """The last ones are the argmax at each token, whatever is sampled beside them."""
     tok, model = toy.tokenizer(), tiny_gpt2()
+    args = argparse.Namespace(batch_size=2, temperature=1.0, max_new_tokens=24, static_cache=False)
+    args = critic_free.with_greedy_rows(args, 2, "cpu")
     prompt = tok.apply_chat_template([dict(role="user", content="review the wine .")], return_dict=False)
-    ids, _, mask, _ = remax.rollout(model, [prompt] * 4, tok, Args, "cpu", greedy=2)
+    ids, _, mask, _ = dvpo.rollout(model, [prompt] * 4, tok, args, "cpu")
     first, second = (ids[b, len(prompt):][mask[b]].tolist() for b in (2, 3))
     assert first == second
     for token in first:
@@ -106,13 +117,14 @@ def test_greedy_responses():
 
 @pytest.mark.parametrize("stage, flags", [
     (dpo, ("--max-steps", "60", "--lr", "1e-3", "--pairs-heldout", "toy/pairs_heldout.jsonl")),
-    (remax, ("--max-steps", "25", "--lr", "3e-3", *GOLD)),
-    (grpo, ("--max-steps", "12", "--lr", "1e-3", *GOLD)),
-    (grpo, ("--max-steps", "12", "--lr", "1e-3", *GOLD, "--scale", "none", "--loss-mean", "token",
-            "--baseline", "loo"))])
+    (critic_free, (*REMAX, "--max-steps", "25", "--lr", "3e-3", *GOLD)),
+    (critic_free, (*GRPO, "--max-steps", "12", "--lr", "1e-3", *GOLD)),
+    (critic_free, (*GRPO, "--max-steps", "12", "--lr", "1e-3", *GOLD, "--scale", "none", "--loss-mean",
+                   "token", "--baseline", "loo")),
+    (critic_free, ("--method", "rloo", "--max-steps", "25", "--lr", "3e-3", *GOLD))])
 def test_gold_reward_rises(stage, flags):
     world()
-    out = path("learns", stage.__name__, str(len(flags)))
+    out = path("learns", "_".join(flags[:4]), str(len(flags)))
     data = ("--pairs", path("toy/pairs.jsonl")) if stage is dpo else ("--data", path("toy/prompts.jsonl"))
     flags = [path(word) if word.startswith("toy/") else word for word in flags]
     rows = run(stage, "--init-from", path("sft/model"), "--heldout", path("toy/prompts_heldout.jsonl"), *data,
@@ -125,7 +137,7 @@ def test_gold_reward_rises(stage, flags):
     if stage is dpo:
         close(rows[0]["loss"], math.log(2), 1e-6)
         assert np.mean([row["accuracy"] for row in rows[-10:]]) > 0.8
-    if stage is grpo:
+    if "grpo" in flags:
         assert {row["ratio_first"] for row in rows} == {1.0}
 
 
@@ -147,8 +159,8 @@ def test_zero_3_on_two_ranks():
     world()
     commands = []
     for flags in ("--zero", "1"), zero_3():
-        for stage, argv in cases()[:3]:
-            out = path("two", stage.__name__, flags[1])
+        for number, (stage, argv) in enumerate(cases()[:3]):
+            out = path("two", str(number), flags[1])
             commands.append((stage, (*argv, "--max-steps", "2", *flags, "--out", out)))
     rows = two_ranks(*commands)
     for whole, sharded in zip(rows[:3], rows[3:], strict=True):
@@ -156,8 +168,8 @@ def test_zero_3_on_two_ranks():
             close(a["loss"], b["loss"], 1e-4)
 
 
-@pytest.mark.parametrize("stage", [dpo, remax, grpo])
-def test_gradient_does_not_depend_on_micro_batches(stage):
+@pytest.mark.parametrize("case", range(3))
+def test_gradient_does_not_depend_on_micro_batches(case):
     """The first gradient's norm, before clipping, of one pass over the batch and of four."""
     world()
     norms, found, step = [], [], deepspeed.DeepSpeedEngine.step
@@ -166,14 +178,15 @@ def test_gradient_does_not_depend_on_micro_batches(stage):
         step(engine)
         norms.append(float(engine.get_global_grad_norm() or 0))
 
-    argv = (*cases()[[dpo, remax, grpo].index(stage)][1], "--zero", "1")
+    stage, argv = cases()[case]
+    argv = (*argv, "--zero", "1")
     for size in 16, 4:
         flags = ("--grad-accum", 16 // size) if stage is dpo else ("--mini-batch-size", size)
-        if stage is grpo:
+        if "grpo" in argv:
             flags += ("--grad-accum", 16 // size, "--ppo-epochs", 1)
         norms.clear()
         with mock.patch.object(deepspeed.DeepSpeedEngine, "step", step_and_see):
-            run(stage, *argv, *flags, "--max-steps", 1, "--out", path("micro", stage.__name__, str(size)))
+            run(stage, *argv, *flags, "--max-steps", 1, "--out", path("micro", str(case), str(size)))
         found.append(norms[-1])
     whole, parts = found
     assert whole > 0
@@ -182,6 +195,11 @@ def test_gradient_does_not_depend_on_micro_batches(stage):
 
 def test_bad_input():
     world()
-    refused(lambda: grpo.main([*RL, *GOLD, "--group-size", "5"]), "--group-size")
-    no_rm = *RL, "--rm", "nowhere", "--out", path("comparators/none")
-    refused(lambda: remax.main([*no_rm]), "ppo_baseline.py --rm-only")
+    for flags in (*GRPO, "--group-size", "5"), ("--group-size", "1"), (*REMAX, "--group-size", "0"):
+        refused(lambda flags=flags: critic_free.main([*RL, *GOLD, *flags]), "--group-size")
+    no_rm = *REMAX, *RL, "--rm", "nowhere", "--out", path("comparators/none")
+    refused(lambda: critic_free.main([*no_rm]), "ppo_baseline.py --rm-only")
+    # A second update on the same rollouts needs a ratio
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+        critic_free.main([*REMAX, *RL, *GOLD, "--ppo-epochs", "2"])
+    assert "unrecognized arguments: --ppo-epochs 2" in said.getvalue()

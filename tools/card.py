@@ -46,8 +46,8 @@ THEN = {
     "ppo_z1": f"{PPO} --zero 1",
     "ppo_z3": f"{PPO} --zero 3",
     "ppo_no_static": f"{PPO} --no-static-cache",
-    "grpo": f"comparators/grpo.py {WITH_RM}",
-    "remax": f"comparators/remax.py {WITH_RM}",
+    "grpo": f"comparators/critic_free.py {WITH_RM}",
+    "remax": f"comparators/critic_free.py --method remax {WITH_RM}",
 }
 RESUMED = "dvpo", "dvpo_z1", "lora", "ppo_z1"
 
