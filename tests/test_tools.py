@@ -66,9 +66,9 @@ def test_label_with_a_reward_model():
     for prompt, response, end in zip(prompts, responses, ended, strict=True):
         ids = common.encode_prompt(tok, prompt) + common.encode_response(tok, response)
         want.append(rm(torch.tensor([ids if end else ids[:-1]])).logits.item())
-    close(label.score_with(path("rm_hf"), "cpu")(prompts, responses, ended), want, 1e-5)
+    close(label.score_with(path("rm_hf"))(prompts, responses, ended), want, 1e-5)
     # A language model would score with a random head
-    refused(lambda: label.score_with(quirky_model("llama"), "cpu"), "not a reward model")
+    refused(lambda: label.score_with(quirky_model("llama")), "not a reward model")
 
 
 @pytest.fixture
@@ -205,6 +205,29 @@ def test_sample():
     talk = subprocess.run([sys.executable, "tools/sample.py", "--policy", path("sft/model")], cwd=HERE,
                           input=f"{PROMPT}\n\n", capture_output=True, text=True)
     assert talk.returncode == 0 and len(talk.stdout) > 5, talk.stderr
+
+
+def test_plot():
+    """Curves over runs of different lengths, and a heat map of two responses, one without true values."""
+    from tools import plot
+
+    for seed, steps in enumerate((6, 8)):
+        os.makedirs(path(f"curve_{seed}"))
+        with open(path(f"curve_{seed}", "metrics.jsonl"), "w") as f:
+            for step in range(steps):
+                f.write(json.dumps(dict(step=step, seconds=2 * step, q_mean=0.1, kl=step)) + "\n")
+    assert plot.column([[dict(kl=1)], [dict(kl=3), dict(kl=4)]], "kl").tolist() == [[1], [3]]
+    shown = dict(prompt="a $1 b $2", tokens=["V(s_0)", "$", "$"], q=[0.1, 0.2, -0.3])
+    common.write_json(path("show.json"), shown)
+    common.write_json(path("show_true.json"), dict(shown, true_q=[0.0, 0.5, -1.0]))
+    runs = "--run", "DVPO", path("curve_0"), path("curve_1"), "--run", "PPO", path("curve_0")
+    heat = "--heatmap", path("show_true.json"), path("show.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        plot.main([*runs, "--to", path("plots/curves.png")])
+        plot.main([*heat, "--to", path("plots/heatmap.png")])
+    for name in "curves", "heatmap":
+        with open(path(f"plots/{name}.png"), "rb") as f:
+            assert f.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def completion(text, **usage):

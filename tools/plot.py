@@ -1,14 +1,12 @@
-"""The figures, from what the stages wrote. Needs matplotlib, which nothing else does.
+"""Figures of what the stages wrote. Needs matplotlib.
 
-    python tools/plot.py [--out out/tiny]
-        writes OUT/curves.png and, after train_gvm.py --show, OUT/heatmap.png
-    python tools/plot.py --dvpo RUN [RUN ...] --ppo RUN [RUN ...] [--no-tau RUN ...] --to FILE.png
-        several seeds: mean and band
-    python tools/plot.py --heatmap GOOD/show.json BAD/show.json --to FILE.png   two responses to one prompt
+    python tools/plot.py                                            curves of out/tiny/dvpo and out/tiny/ppo
+    python tools/plot.py --run NAME FOLDER [...] --to FILE.png      of other runs; with seeds, mean and range
+    python tools/plot.py --heatmap GOOD/show.json BAD/show.json     token values, from train_gvm.py --show
 """
 import argparse
 import json
-import os
+import pathlib
 
 import matplotlib
 
@@ -16,103 +14,82 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-
-def load(path):
-    with open(path) as f:
-        return json.load(f)
-
-
-def read(folder):
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
+plt.rcParams["figure.constrained_layout.use"] = True
+plt.rcParams["text.parse_math"] = False                 # a dollar sign in a text is no formula
 TITLES = dict(gold="gold reward", q_mean="mean value (Q of the GVM; V of the critic)",
               kl="KL to SFT, nats per response")
-COLOURS = "tab:blue", "tab:orange", "tab:green"
 
 
-def curves(runs, path, window=5):
-    """Gold reward, value and KL against steps and seconds: runs {name: [folder, ...]}; band: all seeds."""
+def smooth(x, window=5):
+    padded = np.pad(x, (window - 1, 0), "edge")
+    return np.convolve(padded, np.ones(window) / window, "valid")
+
+
+def column(seeds, key):
+    """The numbers of one key -> (seeds, steps), with as many steps as all seeds have."""
+    steps = min(map(len, seeds))
+    return np.array([[row[key] for row in rows[:steps]] for rows in seeds])
+
+
+def curves(runs):
+    """Gold reward, value and KL against steps and seconds: runs {name: [rows of a seed, ...]}."""
     fig, axes = plt.subplots(2, 3, figsize=(13, 6.5))
-
-    def smooth(x):
-        return np.convolve(np.pad(x, (window - 1, 0), "edge"), np.ones(window) / window, "valid")
-
-    for (name, folders), colour in zip(runs.items(), COLOURS, strict=False):
-        seeds = [read(f) for f in folders]
-        n, label = min(map(len, seeds)), f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        for row, x_key in enumerate(("step", "seconds")):
-            x = np.mean([[r[x_key] for r in s[:n]] for s in seeds], 0)
+    for name, seeds in runs.items():
+        for row, time in enumerate(("step", "seconds")):
             for ax, (key, title) in zip(axes[row], TITLES.items(), strict=True):
                 if key not in seeds[0][0]:
                     continue
-                y = np.array([smooth([r[key] for r in s[:n]]) for s in seeds])
-                ax.plot(x, y.mean(0), color=colour, label=label)
-                ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.2, lw=0)
-                ax.set(xlabel=x_key + "s" * (x_key == "step"), title=title)
+                x = column(seeds, time).mean(0)
+                y = np.array([smooth(numbers) for numbers in column(seeds, key)])
+                line, = ax.plot(x, y.mean(0), label=f"{name} (seeds: {len(seeds)})")
+                ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
+                ax.set(xlabel=time, title=title)
                 ax.grid(alpha=0.3)
-    axes[0, 0].legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    print(path)
+    axes[0, 2].legend()
+    return fig
 
 
-def heatmap(responses, path):
-    """Figure 4: the token values of responses to one prompt, and the true ones, from train_gvm.py --show."""
-
-    def plain(text):
-        return text.replace("$", r"\$")                 # no mathtext from other people's text
-
-    kinds = [[key for key in ("q", "true_q") if key in shown] for shown in responses]
-    scale = max(1e-6, *(np.abs([shown[key] for key in keys]).max()
-                        for shown, keys in zip(responses, kinds, strict=True)))
-    width = 0.75 * max(len(shown["q"]) for shown in responses) + 1.5
-    height = sum(0.8 * len(keys) + 1.4 for keys in kinds)
-    fig, axes = plt.subplots(len(responses), 1, squeeze=False, figsize=(width, height))
-    for shown, keys, ax in zip(responses, kinds, axes[:, 0], strict=True):
-        values = np.array([shown[key] for key in keys])
-        ax.imshow(values, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
-        for i, j in np.ndindex(*values.shape):
-            colour = "white" if abs(values[i, j]) > 0.8 * scale else "black"
-            ax.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=8, color=colour)
-        ax.set_xticks(range(values.shape[1]), [plain(t) for t in shown["tokens"]], rotation=40, ha="right")
-        ax.set_yticks(range(len(values)), [dict(q="GVM", true_q="truth")[key] for key in keys])
-    prompt = responses[0]["prompt"]
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    axes[0, 0].set_title(plain(question), fontsize=10)
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    print(path)
+def heatmap(responses):
+    """Figure 4 of the paper: the token values of responses to one prompt, and the true ones if known."""
+    names = dict(q="GVM", true_q="truth")
+    values = [np.array([shown[key] for key in names if key in shown]) for shown in responses]
+    scale = max(np.abs(value).max() for value in values)
+    width = 0.75 * max(value.shape[1] for value in values) + 1.5
+    height = sum(0.8 * len(value) + 1.4 for value in values)
+    fig, axes = plt.subplots(len(responses), squeeze=False, figsize=(width, height))
+    for shown, value, ax in zip(responses, values, axes[:, 0], strict=True):
+        ax.imshow(value, cmap="RdYlGn", vmin=-scale, vmax=scale, aspect="auto")
+        for i, j in np.ndindex(*value.shape):
+            colour = "white" if abs(value[i, j]) > 0.8 * scale else "black"
+            ax.text(j, i, f"{value[i, j]:+.2f}", ha="center", va="center", fontsize=8, color=colour)
+        ax.set_xticks(range(value.shape[1]), shown["tokens"], rotation=40, ha="right")
+        ax.set_yticks(range(len(value)), list(names.values())[:len(value)])
+    axes[0, 0].set_title(responses[0]["prompt"], fontsize=10)
+    return fig
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default="out/tiny", help="folder with the stages' output (default: out/tiny)")
-    p.add_argument("--dvpo", nargs="+", help="run folders of dvpo.py, one a seed (default: OUT/dvpo)")
-    p.add_argument("--ppo", nargs="+", help="run folders of ppo_baseline.py, one a seed (default: OUT/ppo)")
-    p.add_argument("--no-tau", nargs="+",
-                   help="run folders of dvpo.py behind a GVM without tau: a third line")
-    p.add_argument("--to", help="file to write (default: OUT/curves.png)")
-    p.add_argument("--heatmap", nargs="+", metavar="SHOW.json",
-                   help="figure 4 of several responses to one prompt, from train_gvm.py --show; needs --to")
+    p.add_argument("--run", nargs="+", action="append", metavar=("NAME", "FOLDER"),
+                   help="a name and run folders, one per seed; may be repeated")
+    p.add_argument("--heatmap", nargs="+", metavar="SHOW.json", help="draw a heat map instead of curves")
+    p.add_argument("--to", help="file to write (default: out/tiny/curves.png, or heatmap.png)")
     args = p.parse_args(argv)
-    if args.to:
-        os.makedirs(os.path.dirname(os.path.abspath(args.to)), exist_ok=True)
-    if args.heatmap:
-        if not args.to:
-            p.error("--heatmap needs --to FILE.png")
-        return heatmap([load(path) for path in args.heatmap], args.to)
-    dvpo, ppo = os.path.join(args.out, "dvpo"), os.path.join(args.out, "ppo")
-    runs = dict(DVPO=args.dvpo or [dvpo], PPO=args.ppo or [ppo])
-    if args.no_tau:
-        runs["DVPO, no tau"] = args.no_tau
-    runs = {name: folders for name, folders in runs.items()
-            if os.path.exists(os.path.join(folders[0], "metrics.jsonl"))}
-    curves(runs, args.to or os.path.join(args.out, "curves.png"))
-    shown = os.path.join(args.out, "gvm", "show.json")
-    if os.path.exists(shown) and not args.to:
-        heatmap([load(shown)], os.path.join(args.out, "heatmap.png"))
+    try:
+        if args.heatmap:
+            fig = heatmap([json.loads(pathlib.Path(path).read_text()) for path in args.heatmap])
+        else:
+            runs = {}
+            for name, *folders in args.run or [["DVPO", "out/tiny/dvpo"], ["PPO", "out/tiny/ppo"]]:
+                files = [pathlib.Path(folder, "metrics.jsonl") for folder in folders]
+                runs[name] = [[json.loads(line) for line in file.open()] for file in files]
+            fig = curves(runs)
+    except (OSError, ValueError) as e:
+        p.error(str(e))
+    path = pathlib.Path(args.to or f"out/tiny/{'heatmap' if args.heatmap else 'curves'}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=120)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Talk to any checkpoint, or let it answer a file of prompts in AlpacaEval's output format.
+"""Chat with a checkpoint, or answer a file of prompts in AlpacaEval's output format.
 
-    python tools/sample.py --policy out/tiny/dvpo/model         prompt by prompt, until an empty line
+    python tools/sample.py --policy out/tiny/dvpo/model         chat; an empty line ends it
     python tools/sample.py --policy FOLDER_OR_ID --prompts FILE.jsonl --to answers.json
 
-Prompts are rows {prompt} or {instruction}; answers are [{instruction, output, generator, ended}, ...].
-Template, rollout and sampling are those of training.
+The answers are [{instruction, output, generator, ended}, ...]; generator is --policy. Chat template and
+sampling are those of training. Each prompt is answered on its own.
 """
 import argparse
 import os
@@ -18,57 +18,60 @@ import common
 import dvpo
 
 
-def answers(policy, tok, prompts, args, device):
-    """One sampled answer per prompt (strings or messages) -> list of strings, whether each ended (B,)."""
+def prompt_room(policy, args):
+    """Tokens that the context leaves for a prompt."""
     room = common.context_length(policy.lm.config) - args.max_new_tokens
-    prompt_ids = [common.encode_prompt(tok, p, room) for p in prompts]
-    ids, _, mask, ended = dvpo.rollout(policy, prompt_ids, tok, args, device)
-    return [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)], ended.tolist()
+    if room < 1:
+        common.die(f"--max-new-tokens {args.max_new_tokens}: leaves no position for a prompt; lower it")
+    return room
+
+
+def answer(policy, tok, rows, args):
+    """Sample an answer to each {prompt[, system]} -> lists of token ids, texts, whether each ended."""
+    room = prompt_room(policy, args)
+    prompts = [common.encode_prompt(tok, common.behind_system(row), room) for row in rows]
+    ids, _, mask, ended = dvpo.rollout(policy, prompts, tok, args, policy.lm.device)
+    responses = common.unpad(ids, mask)
+    return responses, tok.batch_decode(responses, skip_special_tokens=True), ended.tolist()
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("--policy", default="out/tiny/dvpo/model", help="transformers folder or hub id")
-    p.add_argument("--prompts", help="JSON lines with prompt or instruction; without it, talk")
+    p.add_argument("--prompts", help="rows {prompt}; without it, chat")
     p.add_argument("--to", default="answers.json", help="file to write")
-    p.add_argument("--generator", help="name in the file (default: --policy)")
-    p.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
-    p.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer at most")
-    p.add_argument("--temperature", type=float, default=1.0, help="divides the logits; near 0 is greedy")
+    p.add_argument("--batch-size", type=int, default=16, help="prompts per batch")
+    p.add_argument("--max-new-tokens", type=int, help="default: half the context, at most 512")
+    p.add_argument("--temperature", type=float, default=1.0, help="near 0 is greedy")
     p.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
                    help="as in dvpo.py")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
-    if min(args.temperature, args.batch_size, args.max_new_tokens) <= 0:
-        common.die("--temperature, --batch-size, --max-new-tokens: above 0; greedy: --temperature 1e-4")
-    tok = common.load_tokenizer(args.policy)
-    rows = args.prompts and common.read_rows(args.prompts, ["prompt"], ["instruction"], tok=tok)
-    if rows:
+    if args.prompts:
         common.check_writable(args.to)
+    tok = common.load_tokenizer(args.policy)
     policy = common.load_model(args.policy, trainable=False).eval()
-    device = next(policy.parameters()).device
-    context = common.context_length(policy.lm.config)
-    if args.max_new_tokens > context // 2:
-        args.max_new_tokens = context // 2
-        print(f"the model has {context} positions: answers end after {context // 2} tokens", file=sys.stderr)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(512, common.context_length(policy.lm.config) // 2)
+    if min(args.temperature, args.batch_size, args.max_new_tokens) <= 0:
+        common.die("--temperature, --batch-size and --max-new-tokens must be above 0 (greedy: 1e-4)")
     torch.manual_seed(args.seed)
-    if rows is None:
+    if not args.prompts:
         while prompt := input("> ").strip():
-            texts, _ = answers(policy, tok, [prompt], args, device)
+            _, texts, _ = answer(policy, tok, [dict(prompt=prompt)], args)
             print(texts[0])
         return
-    prompts, out = [row.get("prompt", row.get("instruction")) for row in rows], []
-    room = context - args.max_new_tokens
-    common.check_lengths(prompts, lambda prompt: common.encode_prompt(tok, prompt), room,
-                         "the model's context, less --max-new-tokens:")
-    for i in common.Progress(range(0, len(prompts), args.batch_size), desc="sample"):
-        batch = prompts[i:i + args.batch_size]
-        for prompt, answer, ended in zip(batch, *answers(policy, tok, batch, args, device), strict=True):
+    rows = common.read_prompts(tok, args.prompts, prompt_room(policy, args), "prompt length")
+    answers = []
+    for i in common.Progress(range(0, len(rows), args.batch_size), desc="sample"):
+        batch = rows[i:i + args.batch_size]
+        _, texts, ended = answer(policy, tok, batch, args)
+        for row, text, end in zip(batch, texts, ended, strict=True):
+            prompt = row["prompt"]
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            name = args.generator or args.policy
-            out.append(dict(instruction=question, output=answer, generator=name, ended=ended))
-    common.write_json(args.to, out)
-    print(f"wrote {len(out)} answers to {args.to}")
+            answers.append(dict(instruction=question, output=text, generator=args.policy, ended=end))
+    common.write_json(args.to, answers)
+    print(f"{args.to}: {len(answers)} answers")
 
 
 if __name__ == "__main__":
