@@ -184,7 +184,7 @@ def test_card(monkeypatch):
         assert f"| {share:.2f} |" in lines
     assert [rollout["rows"] for rollout in found["rollouts"]] == [8, 64]
     assert all("aten::" in longest and longest in lines for longest in found["kernels"].values())
-    assert {*found["steps"]} == {"lora"} and "| lora |" in lines
+    assert {*found["steps"]} == {"lora"} and "\n\n### Steps\n\n|  | generate s |" in lines
     assert lines.endswith("error: ppo ended") and "No time" not in lines
     with mock.patch.multiple(card, **few | dict(THEN={}, RESUMED=[], LIMIT=0)):
         assert "No time was left for: kernels." in card.measure(args, found)

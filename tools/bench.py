@@ -303,7 +303,7 @@ def main(argv=None):
         from tools import card  # which imports this file
 
         lines = card.measure(args, part)
-        title = part["machine"].split(",")[0]
+        title = f"{torch.cuda.get_device_name()}, {title}"
     elif args.decode:
         part["rollouts"] = [decode(args, args.batch_size, args.new)]
         lines = report_decode(part["rollouts"], part["bandwidth"])

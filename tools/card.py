@@ -148,6 +148,7 @@ def measure(args, part):
     making = bench.SPAWN.Process(target=bench.make, args=[args.shape])    # beside the toy
     making.start()
     part["toy"], lines = toy()
+    lines.insert(0, "### The toy\n")
     making.join()
     rest = dict(rollouts=lambda: rollouts(args, part["bandwidth"]),
                 kernels=lambda: kernels(args), steps=lambda: steps(args))
@@ -157,5 +158,5 @@ def measure(args, part):
         more = [f"No time was left for: {name}."]
         if seconds < LIMIT:
             part[name], more = find()
-        lines += ["", *more]
+        lines += [f"\n### {name.capitalize()}\n", *more]
     return lines
