@@ -12,12 +12,10 @@ import argparse
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import os
 import re
-import sys
 
 import numpy as np
 import torch
@@ -36,13 +34,14 @@ from transformers.utils import logging as hf_logging
 from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
 from runtime.graphs import StaticDecoder, merged, static_decoder
-from runtime.memory import CHUNK, activation_bytes, check_context, context_length, memory_plan, positions
-from runtime.metrics import Metrics, Progress, mean_over_ranks, peak_bytes
-from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier, check_writable
-from runtime.processes import deepspeed, die, finish, gathered, lock, missing_model, rank, world
-from runtime.processes import write_json, writing
-from runtime.rows import Rows, behind_system, check_lengths, load_function, only_text
-from runtime.rows import one_side, read_rows
+from runtime.memory import CHUNK, activation_bytes, check_context, context_length
+from runtime.memory import memory_plan, positions
+from runtime.metrics import Metrics, Progress, mean_over_ranks
+from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier
+from runtime.processes import check_writable, deepspeed, die, finish, gathered, lock, missing_model
+from runtime.processes import rank, say, world, write_json, writing
+from runtime.rows import Rows, as_messages, behind_system, check_lengths, load_function, one_side
+from runtime.rows import only_text, read_rows
 from runtime.run import Run
 # isort: on
 
@@ -51,52 +50,63 @@ hf_logging.disable_progress_bar()
 DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.json")
 
 # --------------------------------------------------------------------------------------------
-# Presets and flags. PAPER holds appendix A's hyper-parameters, but for the GVM's learning rate: at the
-# paper's 2e-6 its values stay near 0. TINY holds what the toy needs instead.
+# Presets and flags
+
+# Appendix A's hyper-parameters. At its learning rate for the GVM, 2e-6, values stay near 0
 
 PAPER = {
-    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024, max_new_tokens=1024,
-                grad_accum=8, save_every=500),
-    "gvm": dict(lr=1e-4, batch_size=32, epochs=1, max_length=2048, tau_pairs=3, tau_length=128, lora_rank=8,
-                lora_alpha=32, lora_dropout=0.1, grad_accum=16, save_every=500),
-    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8, lora_alpha=32,
-               lora_dropout=0.1),
+    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024,
+                max_new_tokens=1024, grad_accum=8, save_every=500),
+    "gvm": dict(lr=1e-4, batch_size=32, epochs=1, max_length=2048, tau_pairs=3, tau_length=128,
+                lora_rank=8, lora_alpha=32, lora_dropout=0.1, grad_accum=16, save_every=500),
+    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8,
+               lora_alpha=32, lora_dropout=0.1),
     "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2,
-               kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512, max_steps=1000,
-               save_every=100, advantage="delta", temperature=1.0),
-    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": {},             # comparators/, over rl
+               kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512,
+               max_steps=1000, save_every=100, advantage="delta", temperature=1.0),
+    # comparators/, over rl
+    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": {},
 }
+# What the toy needs instead
 TINY = {
     "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_length=256, max_new_tokens=32, grad_accum=1),
     "gvm": dict(lr=3e-3, batch_size=21, epochs=1.5, max_length=256, tau_pairs=2, lora_rank=32,
                 lora_dropout=0.0, grad_accum=1),
-    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32, lora_dropout=0.0),
+    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32,
+               lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
                kl_target=1.2, max_prompt_length=64, max_new_tokens=32, max_steps=100),
     "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3),
 }
-SMOLLM2 = {                     # settings that learn within an hour on two cores: data/smollm2.py
+# Settings that learn within an hour on two cores: data/smollm2.py
+SMOLLM2 = {
     "gvm": dict(lr=1e-3, batch_size=8, max_length=400, tau_pairs=2, tau_length=32, lora_rank=16,
                 lora_dropout=0.0, grad_accum=1, save_every=50),
-    "rm": dict(rm_lr=1e-3, rm_batch_size=16, rm_epochs=1, max_length=128, lora_rank=16, lora_dropout=0.0),
+    "rm": dict(rm_lr=1e-3, rm_batch_size=16, rm_epochs=1, max_length=128, lora_rank=16,
+               lora_dropout=0.0),
     "rl": dict(lr=2e-5, critic_lr=2e-5, batch_size=32, mini_batch_size=8, grad_accum=1, ppo_epochs=1,
                max_prompt_length=64, max_new_tokens=32, max_steps=30, save_every=10, temperature=0.8),
 }
-PRESETS = {                     # one line per model
-    "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY, reward="data/toy.py:gold_reward",
-                 true_q="data/toy.py:true_q"),
+# One line per model; any other hub id or folder has the paper's settings at ZeRO-1
+PRESETS = {
+    "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
+                 reward="data/toy.py:gold_reward", true_q="data/toy.py:true_q"),
     "smollm2": dict(id="data/smollm2/model", start="data/smollm2/model", data="data/smollm2", zero=0,
                     stages=SMOLLM2, reward="data/smollm2.py:sentiment"),
     "smollm2-360m": dict(id="HuggingFaceTB/SmolLM2-360M-Instruct"),
     "smollm2-1.7b": dict(id="HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     "qwen3-0.6b": dict(id="Qwen/Qwen3-0.6B"),
     "qwen3-1.7b": dict(id="Qwen/Qwen3-1.7B"),
-    "llama3-1b": dict(id="unsloth/Llama-3.2-1B-Instruct"),                      # Meta's weights, ungated
-    "gpt2": dict(id="gpt2", stages=dict(rl=dict(max_new_tokens=512))),          # 1,024 positions
+    "llama3-1b": dict(id="unsloth/Llama-3.2-1B-Instruct"),              # Meta's weights, ungated
+    "gpt2": dict(id="gpt2", stages=dict(rl=dict(max_new_tokens=512))),  # 1,024 positions
     "llama3-3b": dict(id="meta-llama/Llama-3.2-3B"),
     "llama3-8b": dict(id="meta-llama/Meta-Llama-3-8B", zero=3),
     "mistral-7b": dict(id="mistralai/Mistral-7B-Instruct-v0.2", zero=3),
 }
+# Flags that must be above 0; any other number may be 0, too
+POSITIVE = ("max_new_tokens max_prompt_length ppo_epochs epochs max_length tau_length lora_rank "
+            "save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
+            "mini_batch_size grad_accum").split()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -104,33 +114,29 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def flags(doc, argv, *stages):
-    """-> the parser with the flags that every stage has, and the defaults of the --model that argv names: of
-    PRESETS, or the paper's for a hub id or local folder."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    """-> the parser with the flags of every stage, and the defaults of the --model that argv names."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help, add_help=False)
+    flag = p.add_argument
     presets = ", ".join(PRESETS)
-    p.add_argument("--model", default="tiny", help=f"preset ({presets}), hub id or local folder")
-    words = sys.argv[1:] if argv is None else argv
-    words = [word for word in words if word not in ("-h", "--help")]
-    model = p.parse_known_args(words)[0].model
+    flag("--model", default="tiny", help=f"preset ({presets}), hub id or local folder")
+    model = p.parse_known_args(argv)[0].model           # before --help, which shows its defaults
     out = f"out/{os.path.basename(os.path.normpath(model))}"
-    preset = dict(id=model, data="data/ultrafeedback", zero=1, stages={})
-    preset |= dict(reward=None, true_q=None)
-    preset |= dict(start=f"{out}/sft/model")            # what the stages after SFT start from
-    preset |= PRESETS.get(model, {})
-    d = argparse.Namespace(out=out, cuda=CUDA, **preset)
+    # Stages after SFT begin at `start`
+    preset = dict(id=model, start=f"{out}/sft/model", data="data/ultrafeedback", zero=1, stages={},
+                  reward=None, true_q=None)
+    d = argparse.Namespace(out=out, cuda=CUDA, **(preset | PRESETS.get(model, {})))
     for stage in stages:
-        vars(d).update(PAPER[stage] | preset["stages"].get(stage, {}))
+        vars(d).update(PAPER[stage] | d.stages.get(stage, {}))
 
     # The defaults must fit into the model's positions: a quarter for the prompt, half for the answer,
     # the rest for tau
     context = positions(d.id)
     for key, share in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):
-        if vars(d).get(key, 0) > context // share:
-            setattr(d, key, context // share)
-            if os.environ.get("RANK", "0") == "0":
-                line = f"{d.id} has {context} positions: {key} is {context // share}"
-                print(line, file=sys.stderr)
-    flag = p.add_argument
+        most = context // share
+        if vars(d).get(key, 0) > most:
+            setattr(d, key, most)
+            say(f"{d.id} has {context} positions: {key} is {most}")
+    flag("-h", "--help", action="help", help="show this and end")
     flag("--seed", type=int, default=1, help="seed of shuffling and sampling")
     flag("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
     flag("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
@@ -147,13 +153,11 @@ def flags(doc, argv, *stages):
 def parse(p, argv):
     """The arguments, after the checks that need nothing else: numbers in range, batches that divide."""
     args = p.parse_args(argv)
-    positive = ("max_new_tokens max_prompt_length ppo_epochs epochs max_length tau_length "
-                "lora_rank save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
-                "mini_batch_size grad_accum")
     for name, value in vars(args).items():
-        least = "above 0" if name in positive.split() else "0 or above"
         is_number = type(value) in (int, float)
-        if is_number and (not 0 <= value < math.inf or (value == 0 and least == "above 0")):
+        must_be_positive = name in POSITIVE
+        if is_number and (not 0 <= value < math.inf or (must_be_positive and value == 0)):
+            least = "above 0" if must_be_positive else "0 or above"
             die(f"--{name.replace('_', '-')} {value}: must be a number {least}")
     rows = getattr(args, "mini_batch_size", 1) * args.grad_accum
     if args.batch_size % rows:
@@ -171,9 +175,10 @@ def parse(p, argv):
 
 
 class Fp32Linear(nn.Linear):
-    """Linear map with fp32 weights, also beside a bf16 trunk: bf16 would round the accumulated gradient."""
+    """Linear map with fp32 weights, also beside a bf16 trunk."""
 
     def forward(self, x):
+        # In bf16 the weights would round the accumulated gradient
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -197,10 +202,12 @@ class LoRA(nn.Module):
         self.B[name] = Fp32Linear(r, d_out, bias=False, device=w.device)
         nn.init.kaiming_uniform_(self.A[name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.B[name].weight)             # the adapted model starts as the base model
-        self.scale[name], self.dropout[name] = alpha / r, dropout
+        self.scale[name] = alpha / r
+        self.dropout[name] = dropout
 
     def forward(self, x):
-        y, name = self.base(x), self.active
+        y = self.base(x)
+        name = self.active
         if name is None:
             return y
         low = self.A[name](F.dropout(x, self.dropout[name], self.training))
@@ -209,8 +216,8 @@ class LoRA(nn.Module):
     @property
     def weight(self):
         """The adapted weight, for blocks that read it without calling the layer (Mamba's)."""
-        w, name = self.base.weight, self.active
-        return w if name is None else w + self.delta(name).to(w.dtype)
+        w = self.base.weight
+        return w if self.active is None else w + self.delta(self.active).to(w.dtype)
 
     @property
     def bias(self):
@@ -223,10 +230,11 @@ class LoRA(nn.Module):
 
 
 class Head(nn.Linear):
-    """Scalar head in fp32, whatever the trunk's dtype: bf16 rounds away Q's steps from token to token."""
+    """Scalar head in fp32, whatever the trunk's dtype."""
 
     def forward(self, h):
-        # A critic's head is bf16, as DeepSpeed casts whole models
+        # bf16 would round away Q's steps from token to token. A critic's weights are in bf16, as DeepSpeed
+        # casts whole models
         return F.linear(h.float(), self.weight.float(), self.bias.float())
 
 
@@ -236,7 +244,8 @@ class LM(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        self.heads, self.adapters = nn.ModuleDict(), {}
+        self.heads = nn.ModuleDict()
+        self.adapters = {}                              # name: what add_adapter was given
         self.active = None                              # name of the adapter that is on
         self.fingerprint = trunk_fingerprint(lm)        # now, as ZeRO-3 will shard the weights
 
@@ -255,27 +264,29 @@ class LM(nn.Module):
         """A scalar head on the last hidden state h_t, zero at first.
 
         sees_token: on [h_t, token_scale * h_{t-1} * e(a_t)], e(a_t) the row of a_t in the output embedding:
-        the product sums to the logit of a_t. Its entries are small (0.02 or so), and a zero head would hardly
-        learn from them: token_scale, by default 1 / rms(e), brings them to the size of h_t.
+        the product sums to the logit of a_t.
         """
         w = self.lm.get_output_embeddings().weight
-        if sees_token:                                  # a module of its own, which ZeRO-3 can gather
+        if sees_token:
+            # A module of its own, which ZeRO-3 can gather, around the same parameter
             self.token_embedding = nn.Embedding(*w.shape, _weight=w.detach())
-            self.token_embedding.weight = w             # one parameter, not a copy
+            self.token_embedding.weight = w
         if sees_token and token_scale is None:
+            # The entries of e are small (0.02 or so), and a zero head would hardly learn from them:
+            # 1 / rms(e) brings them to the size of h_t
             norm = torch.linalg.vector_norm(w.detach(), dtype=torch.float32).item()
             token_scale = math.sqrt(w.numel()) / norm
-        self.heads[name] = Head(w.shape[1] * (1 + sees_token), 1, device=w.device)
-        self.heads[name].sees_token, self.heads[name].token_scale = sees_token, token_scale
-        nn.init.zeros_(self.heads[name].weight)
-        nn.init.zeros_(self.heads[name].bias)
+        head = Head(w.shape[1] * (1 + sees_token), 1, device=w.device)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        head.sees_token = sees_token
+        head.token_scale = token_scale
+        self.heads[name] = head
 
     def adapter_parameters(self, name):
         """{key: parameter} of the adapter and the head of that name."""
-        def is_own(key):
-            return any(part in key for part in (f".A.{name}.", f".B.{name}.", f"heads.{name}."))
-
-        return {key: p for key, p in self.named_parameters() if is_own(key)}
+        parts = (f".A.{name}.", f".B.{name}.", f"heads.{name}.")
+        return {key: p for key, p in self.named_parameters() if any(part in key for part in parts)}
 
     def lora_layers(self):
         return [m for m in self.modules() if isinstance(m, LoRA)]
@@ -286,19 +297,20 @@ class LM(nn.Module):
         for layer in self.lora_layers():
             layer.active = name
 
-    @contextlib.contextmanager
-    def switched(self, name):
-        """Inside, this adapter is on; afterwards, the one that was."""
-        before = self.active
-        self.switch(name)
-        try:
-            yield
-        finally:                                        # a recomputation may stop early, by an exception
-            self.switch(before)
-
     def recompute_contexts(self):
-        """For activation checkpointing: a recomputation in the backward pass uses its forward's adapter."""
-        return contextlib.nullcontext(), self.switched(self.active)
+        """For activation checkpointing: (around a forward, around its recomputation)."""
+        name = self.active                              # of the forward
+
+        @contextlib.contextmanager
+        def as_in_forward():
+            before = self.active
+            self.switch(name)
+            try:
+                yield
+            finally:                                    # a recomputation may stop early, by an exception
+                self.switch(before)
+
+        return contextlib.nullcontext(), as_in_forward()
 
     def merged_state_dict(self, adapter=None, keep=True):
         """State dict of the plain transformers model, on the CPU, one adapter merged into its weights.
@@ -313,8 +325,7 @@ class LM(nn.Module):
             if re.search(r"\.[AB]\.\w+\.weight$", key):
                 continue
             layer = lora.get(key) if adapter else None
-            own = [layer.A[adapter].weight, layer.B[adapter].weight] if layer else []
-            with gathered([p, *own]), torch.no_grad():
+            with gathered(layer.parameters() if layer else [p]), torch.no_grad():
                 if keep:
                     w = (p.float() + layer.delta(adapter)).to(p.dtype) if layer else p
                     w = w.detach().to("cpu", copy=hasattr(p, "ds_id"))
@@ -324,21 +335,25 @@ class LM(nn.Module):
     def hidden(self, ids, attn, T, cache=None):
         """Last hidden states at the last prompt token and at each response token: (B, P+T) -> (B, T+1, D).
 
-        Rows are shifted left, so that causal attention alone hides the padding: no mask, the fast kernel,
-        positions from 0. A cache (B rows) stands in front of them and grows by them.
+        A cache (B rows) stands in front of them and grows by them.
         """
-        L, left, length = ids.shape[1], attn.argmax(1, keepdim=True), int(attn.sum(1).max())
+        L = ids.shape[1]
+        left = attn.argmax(1, keepdim=True)                             # padding of each row, (B, 1)
+        length = int(attn.sum(1).max())
+        # Rows are shifted left, so that causal attention alone hides the padding: no mask, the fast
+        # kernel, positions from 0
         positions = torch.arange(length, device=ids.device)
         ids = ids.gather(1, (positions + left).clamp(max=L - 1))
         decoder = self.lm.get_decoder()
         h = decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None)[0]
+        # And back into the frame
         frame_positions = torch.arange(L - T - 1, L, device=ids.device)
         at = (frame_positions - left).clamp(0, length - 1)              # (B, T+1)
         return h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
 
     def end_ids(self, tok):
         """Ids that end an answer, (E,): the tokenizer's eos and those of the generation configuration."""
-        named = self.lm.generation_config.eos_token_id          # None, an id, or a list of ids
+        named = self.lm.generation_config.eos_token_id                  # None, an id, or a list of ids
         named = named if isinstance(named, list) else [named]
         ids = {tok.eos_token_id, *named} - {None}
         return torch.tensor(sorted(ids), device=self.lm.device)
@@ -360,15 +375,18 @@ class LM(nn.Module):
         last prompt token, scalar t+1 AFTER a_t.
         """
         self.switch(adapter)
-        sees_token = head is not None and self.heads[head].sees_token
-        h = self.hidden(ids, attn, T + sees_token, cache)
-        if sees_token:
-            token = self.token_embedding(ids[:, -T - 1:]).detach()
-            token = token * self.heads[head].token_scale
-            h = torch.cat([h[:, 1:], h[:, :-1] * token], -1)            # (B, T+1, 2 D)
+
+        # Values: a head on the hidden state, or on what add_head(sees_token=True) says
         if head is not None:
-            return self.heads[head](h).squeeze(-1)
-        # lm_head, the most expensive layer, sees no padding
+            head = self.heads[head]
+            h = self.hidden(ids, attn, T + head.sees_token, cache)
+            if head.sees_token:
+                token = self.token_embedding(ids[:, -T - 1:]).detach() * head.token_scale
+                h = torch.cat([h[:, 1:], h[:, :-1] * token], -1)        # (B, T+1, 2 D)
+            return head(h).squeeze(-1)
+
+        # Log-probs. lm_head, the most expensive layer, sees no padding
+        h = self.hidden(ids, attn, T, cache)
         real = attn[:, -T:].flatten().nonzero().squeeze(1)
         targets = ids[:, -T:].flatten()[real]
         h = h[:, :-1].flatten(0, 1)[real]
@@ -402,21 +420,19 @@ class TokenLogp(torch.autograd.Function):
 
 
 def token_logp(hidden, targets, logits, temperature=1.0, sharded=False):
-    """log softmax(logits(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,).
-
-    In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits are never whole.
-    A single chunk is kept instead, as its backward pass would hold it anyway.
-    """
-    n = max(1, -(-len(targets) // CHUNK))
-    if sharded:                                         # ZeRO-3 gathers the head at each call: as many calls
-        n = all_max(n)
-
+    """log softmax(logits(hidden) / temperature)[targets] in fp32: (N, D), (N,) -> (N,)."""
     def logp(h, y):
         return TokenLogp.apply(logits(h), y, temperature)
 
-    recompute = n > 1 and torch.is_grad_enabled()
-    run = functools.partial(checkpoint, logp, use_reentrant=False) if recompute else logp
-    return torch.cat(list(map(run, hidden.tensor_split(n), targets.tensor_split(n))))
+    # In chunks of at most CHUNK positions, recomputed in the backward pass: the (N, V) logits are never
+    # whole. A single chunk is kept instead, as its backward pass would hold it anyway
+    n = max(1, -(-len(targets) // CHUNK))
+    # ZeRO-3 gathers the head at each call: as many calls on every rank
+    if sharded:
+        n = all_max(n)
+    if n > 1 and torch.is_grad_enabled():
+        logp = functools.partial(checkpoint, logp, use_reentrant=False)
+    return torch.cat(list(map(logp, hidden.tensor_split(n), targets.tensor_split(n))))
 
 
 def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kwargs):
@@ -431,10 +447,10 @@ def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kw
 def read_prefix(model, prefix, adapter, head, device):
     """Read once what stands in front of many rows: ids -> rows(n), the cache of n of them for LM.forward.
 
-    None where there is no prefix, and where a recurrent layer's state cannot be continued by whole rows
-    (Qwen3-Next, LFM2): each row must then begin with the prefix itself.
+    None where there is no prefix, or where each row must begin with the prefix itself.
     """
     cache = new_cache(model)
+    # A recurrent layer's state cannot be continued by whole rows (Qwen3-Next, LFM2)
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
         return None
     if all_max(len(prefix)):                            # at ZeRO-3 on all ranks, even for no prefix
@@ -450,15 +466,13 @@ def read_prefix(model, prefix, adapter, head, device):
 
 
 def new_cache(model):
-    """An empty KV cache, with the state of recurrent layers where the model has some."""
+    # With the configuration, as recurrent layers have states of their own
     return DynamicCache(config=model.lm.config.get_text_config(decoder=True))
 
 
 def frame_behind_tau(model, tok, tau, prompts, responses, device):
-    """The frame in which the GVM values the responses given tau -> ids, attn (B, P+T), a prefix or None.
-
-    tau is read once, into the prefix for forward_in_micro_batches, where the architecture allows that.
-    """
+    """The frame in which the GVM values the responses given tau -> ids, attn (B, P+T), a prefix or None."""
+    # Read tau once, for forward_in_micro_batches, where the architecture allows that
     prefix = read_prefix(model, tau, "gvm", "gvm", device)
     begin = [append_to_prefix(tok, tau, ids) for ids in prompts]        # one bos
     if prefix:
@@ -477,7 +491,8 @@ class Decoder:
 
     def __init__(self, model, ids, attn, adapter=None):
         model.switch(adapter)
-        self.model, self.trunk = model, model.lm.get_decoder()
+        self.model = model
+        self.trunk = model.lm.get_decoder()
         self.cache = new_cache(model)
         self.mask = None if attn.all() else attn        # prompts of one length need no mask
         self.positions = (attn.cumsum(1) - 1).clamp(min=0)
@@ -508,29 +523,31 @@ def locate(weights, u):
     """Where a share u in [0, 1) of all ends: (B, N), (B, 1) -> sums up to each weight, place, number."""
     ends = weights.cumsum(-1, dtype=torch.float64)
     place = u.clamp(0, 1 - 2**-52) * ends[:, -1:]       # below the last end: it is in a weight above 0
-    return ends, place, torch.searchsorted(ends, place, right=True).clamp(max=weights.shape[1] - 1)
+    number = torch.searchsorted(ends, place, right=True)
+    return ends, place, number.clamp(max=weights.shape[1] - 1)
 
 
 def draw(p, u, size=256):
-    """The words that uniform numbers choose: p (B, V), u (B, 1) fp64 -> (B,), each with its probability.
-
-    A cumsum over a large vocabulary is one long scan per row, which a GPU cannot spread. So in two steps:
-    which block of words, then which word in it. Sums are fp64: fp32 would blur the rare words.
-    """
-    first, V = 0, p.shape[1]
+    """The words that uniform numbers choose, with probability p: (B, V), (B, 1) fp64 -> (B,)."""
+    # A cumsum over a large vocabulary is one long scan per row, which a GPU cannot spread. So in two
+    # steps: which block of words, then which word in it. Sums are fp64: fp32 would blur the rare words
+    V = p.shape[1]
+    first = 0
     if V > 32 * size:
-        p = F.pad(p, (0, -V % size)).unflatten(1, (-1, size))                         # (B, V / size, size)
+        p = F.pad(p, (0, -V % size)).unflatten(1, (-1, size))                   # (B, V / size, size)
         ends, place, block = locate(p.sum(-1, dtype=torch.float64), u)
         begin = F.pad(ends, (1, 0)).gather(1, block)
-        u = (place - begin) / (ends.gather(1, block) - begin)                         # inside the block
-        p = p[torch.arange(len(p), device=p.device), block.squeeze(1)]                # (B, size)
+        u = (place - begin) / (ends.gather(1, block) - begin)                   # inside the block
+        p = p[torch.arange(len(p), device=p.device), block.squeeze(1)]          # (B, size)
         first = block * size
-    return (first + locate(p, u)[2]).squeeze(1).clamp(max=V - 1)
+    _, _, word = locate(p, u)
+    return (first + word).squeeze(1).clamp(max=V - 1)
 
 
 @torch.no_grad()
 def check_model(model, path):
     """Refuse an architecture whose log-probs differ: by transformers, by LM.forward, or in a rollout."""
+    # By transformers, and by LM.forward
     words = model.lm.config.get_text_config().vocab_size
     ids = torch.arange(1, 17, device=model.lm.device)[None] % words
     attn = torch.ones_like(ids)
@@ -539,14 +556,16 @@ def check_model(model, path):
     tolerance = plain.abs().max() * (0.05 if model.lm.dtype == torch.bfloat16 else 0.001)
     if (plain - model(ids, attn, 15)).abs().max() > tolerance:
         die(f"{path}: this architecture changes the logits after its head; add that to LM.logits")
-    attn[:, :4] = 0                                     # padding; then 8 tokens as prompt, 4 as response
-    decode, decoded = Decoder(model, ids[:, :12], attn[:, :12]), []
+    # And in a rollout: 4 tokens of padding, 8 as prompt, 4 as response
+    attn[:, :4] = 0
+    decode = Decoder(model, ids[:, :12], attn[:, :12])
+    decoded = []
     for token in ids[0, 12:]:
         decoded.append(decode.logits[0].log_softmax(-1)[token])
         decode(token[None])
     if (torch.stack(decoded) - model(ids, attn, 4)[0]).abs().max() > tolerance:
-        die(f"{path}: token by token this architecture computes other log-probs than in one pass behind "
-            "padding, so that rollouts would be wrong; choose another model")
+        die(f"{path}: token by token this architecture computes other log-probs than in one pass "
+            "behind padding, so that rollouts would be wrong; choose another model")
 
 
 def load_model(path, args=None, trainable=True):
@@ -558,7 +577,8 @@ def load_model(path, args=None, trainable=True):
     dtypes["auto"] = torch.bfloat16 if CUDA else torch.float32
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=path.startswith(LOCAL))
-        for key, value in vars(config).items():         # rollouts and updates must see the same policy
+        # No dropout: rollouts and updates must see the same policy
+        for key, value in vars(config).items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
         # GPT-2's gelu is eight operations; this is the same one, fused
@@ -569,7 +589,8 @@ def load_model(path, args=None, trainable=True):
             path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
-    lm.requires_grad_(False)                            # a model that also sees keeps its vision tower
+    # A model that also sees keeps its vision tower
+    lm.requires_grad_(False)
     for part in lm.get_decoder(), lm.get_output_embeddings():
         part.requires_grad_(trainable)
     model = LM(lm).to("cuda" if CUDA else "cpu")
@@ -585,28 +606,31 @@ def load_model(path, args=None, trainable=True):
 
 
 def masked_moments(x, mask):
-    """Mean and standard deviation of x where mask, over all ranks, in fp32: of one shape -> two scalars."""
-    x, n = x.float(), all_sum(mask.sum().float())
+    """Mean and standard deviation of x where mask, over all ranks, in fp32 -> two scalars."""
+    x = x.float()
+    n = all_sum(mask.sum().float())
     mean = all_sum((x * mask).sum()) / n
     var = all_sum(((x - mean) ** 2 * mask).sum()) / n
     return mean, var.clamp(min=1e-12).sqrt()
 
 
 def token_mean(stats, key):
-    """Mean over the tokens of all ranks: means of micro-batches, [{key: mean, n: tokens}, ...] -> scalar."""
+    """Means of micro-batches, [{key: mean, n: tokens}, ...] -> the mean over the tokens of all ranks."""
+    # Not a mean of means: micro-batches hold unlike numbers of tokens
     n = torch.stack([s["n"] for s in stats]).float()
     total = (torch.stack([s[key] for s in stats]) * n).sum()
     return all_sum(total) / all_sum(n.sum())
 
 
 def adapt_kl_coef(kl_coef, kl, kl_before, target):
-    """The KL coefficient of the next step, by at most a tenth up or down: kl in nats per response.
+    """The KL coefficient of the next step, arXiv 1909.08593, eq. (3): at most a tenth up or down.
 
-    As in arXiv 1909.08593, eq. (3), but for the KL where it is heading, five steps ahead at its present
-    speed: a coefficient that is wound down while the KL still rises comes back too late. target 0: constant.
+    kl: nats per response. target 0: constant.
     """
     if not target:
         return kl_coef
+    # Not the KL where it is but where it is heading, five steps ahead at its present speed: a coefficient
+    # that is wound down while the KL still rises comes back too late
     ahead = kl + 5 * (kl - kl_before)
     return kl_coef * (1 + 0.1 * min(max(ahead / target - 1, -1), 1))
 
@@ -616,7 +640,7 @@ def adapt_kl_coef(kl_coef, kl, kl_before, target):
 
 
 def load_tokenizer(path):
-    """The tokenizer as it is. It needs no pad token: masks come from lengths, and token 0 fills the rest."""
+    """The tokenizer as it is: masks come from lengths, so that it needs no pad token."""
     try:
         tok = AutoTokenizer.from_pretrained(path, local_files_only=path.startswith(LOCAL))
     except (OSError, ValueError) as e:
@@ -627,20 +651,22 @@ def load_tokenizer(path):
 
 
 def encode_prompt(tok, prompt, max_length=None):
-    """Prompt (a string, or a list of {role, content}) -> ids up to the beginning of the response, one bos.
-
-    Of one that is longer than max_length the middle goes: see cut_prompt.
-    """
-    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    messages = tuple((m["role"], only_text(tok, m["content"])) for m in messages)
-    ids = list(encode_messages(tok, messages))
+    """Prompt, text or a list of {role, content} -> ids up to the beginning of the response, one bos."""
+    ids = list(encode_messages(tok, with_only_text(tok, prompt)))
     return ids if max_length is None else cut_prompt(tok, ids, max_length)
+
+
+def with_only_text(tok, prompt):
+    """A prompt, text or a list of {role, content} -> ((role, text), ...), without control tokens."""
+    return tuple((m["role"], only_text(tok, m["content"])) for m in as_messages(prompt))
 
 
 def cut_prompt(tok, ids, max_length):
     """At most max_length ids: what opens every prompt (bos, a chat header), then the end of this one."""
+    if len(ids) <= max_length:
+        return ids
     opening = os.path.commonprefix([ids, prompt_opening(tok)])[:max_length // 2]
-    return ids if len(ids) <= max_length else opening + ids[len(opening) - max_length:]
+    return opening + ids[len(opening) - max_length:]
 
 
 @functools.lru_cache(4)
@@ -655,52 +681,43 @@ def encode_messages(tok, messages, add_generation_prompt=True):
     if tok.chat_template:
         chat = [dict(role=role, content=text) for role, text in messages]
         template = tok.chat_template
-        if "strftime_now" in template:                  # a fixed day, so that all stages see one prompt
+        if "strftime_now" in template:
+            # A fixed day, so that all stages see the same prompt
             template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
         try:
             ids = list(tok.apply_chat_template(chat, chat_template=template, return_dict=False,
                                                add_generation_prompt=add_generation_prompt))
-        except TemplateError as e:                      # of the text, as read_rows tries all orders of roles
+        except TemplateError as e:                      # read_rows tries orders of roles, not texts
             roles = ", ".join(role for role, _ in messages)
-            die(f"{tok.name_or_path}: its chat template refuses a prompt of {roles}: {e}", all_ranks=True)
+            die(f"{tok.name_or_path}: its chat template refuses a prompt of {roles}: {e}",
+                all_ranks=True)
     else:
         text = "".join(f"### {role.capitalize()}:\n{text}\n\n" for role, text in messages)
         ids = tok(text + "### Assistant:\n")["input_ids"]
-    ids = ids[:-1] if ids[-1] == tok.eos_token_id and not tok.chat_template else ids
+        # Some tokenizers append eos by themselves
+        ids = ids[:-1] if ids[-1] == tok.eos_token_id else ids
+    # A template may write bos, and the tokenizer once more
     return ids[1:] if ids[:2] == [tok.bos_token_id] * 2 else ids
 
 
 def encode_response(tok, text, ended=True):
-    """Response -> ids; if it ended, with eos by hand (some tokenizers ignore add_eos_token)."""
+    """Response -> ids, with eos if it ended."""
+    # Eos by hand, as some tokenizers ignore add_eos_token
     ids = tok(only_text(tok, text), add_special_tokens=False)["input_ids"]
     return ids + [tok.eos_token_id] if ended else ids
 
 
-def encode_conversation(tok, prompt, response, ended=True):
-    """Prompt and answer as the chat template itself renders them: what most reward models were trained on.
-
-    A cut answer ends with its last word, and without a template an answer ends with eos.
-    """
-    if not (tok.chat_template and ended):
-        return encode_prompt(tok, prompt) + encode_response(tok, response, ended)
-    turns = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    turns = [*turns, dict(role="assistant", content=response)]
-    messages = tuple((turn["role"], only_text(tok, turn["content"])) for turn in turns)
-    return list(encode_messages(tok, messages, add_generation_prompt=False))
-
-
 def encode_row(tok, row):
-    """The response of a data row -> ids, without an eos where the row says that it was cut.
-
-    Rows from tools/label.py carry the sampled ids: text that is encoded anew may become other tokens.
-    """
+    """The response of a data row -> ids, without an eos where the row says that it was cut."""
+    # tools/label.py writes the sampled ids: text that is encoded anew may become other tokens
     if "ids" in row and row.get("tokenizer") == tokenizer_fingerprint(tok):
         return row["ids"]
     return encode_response(tok, row["response"], row.get("ended", True))
 
 
 def append_to_prefix(tok, prefix, ids):
-    """prefix + ids, with bos only at the beginning. A bos that opens every turn (ChatML) stays."""
+    """prefix + ids, with bos only at the beginning."""
+    # A bos that opens every turn, as in ChatML, stays
     opens_text = ids[:1] == [tok.bos_token_id] and ids.count(tok.bos_token_id) == 1
     if prefix and opens_text and tok.bos_token_id != tok.eos_token_id:
         return prefix + ids[1:]
@@ -713,52 +730,61 @@ def prepend_tau(tok, tau, prompt, room, tau_length):
     Pairs that do not fit into `room` tokens, prompt included, are left out. -> ids, and for each pair that is
     in [(its number, where its response begins, where it ends), ...].
     """
-    prefix, spans = [], []
+    prefix = []
+    spans = []
     for k, (p, r) in enumerate(tau):
-        longer, r = append_to_prefix(tok, prefix, p), r[:tau_length]
-        if len(longer) + len(r) + len(prompt) <= room:
-            spans.append((k, len(longer), len(longer) + len(r)))
-            prefix = longer + r
+        longer = append_to_prefix(tok, prefix, p)
+        end = len(longer) + len(r[:tau_length])
+        if end + len(prompt) <= room:
+            spans.append((k, len(longer), end))
+            prefix = longer + r[:tau_length]
     return append_to_prefix(tok, prefix, prompt), spans
 
 
 def room_for_tau(gvm, args, pairs):
     """Tokens that tau may have, so that the GVM reads no position that it was not trained on."""
     length = args.max_prompt_length + args.max_new_tokens
-    room, answer = gvm["max_length"] - length, min(gvm["tau_length"], args.max_new_tokens)
+    answer = min(gvm["tau_length"], args.max_new_tokens)
+    room = gvm["max_length"] - length
     if room < 0 or (pairs and room <= answer):
-        die(f"--gvm {args.gvm}: trained on {gvm['max_length']} tokens, too few for {length} of prompt and "
-            f"response and over {answer} of tau; lower --max-new-tokens or --max-prompt-length, or train "
-            "the GVM with a larger --max-length")
+        die(f"--gvm {args.gvm}: trained on {gvm['max_length']} tokens, too few for {length} of prompt "
+            f"and response and over {answer} of tau; lower --max-new-tokens or --max-prompt-length, or "
+            "train the GVM with a larger --max-length")
     return room
 
 
 def draw_tau(tok, buffer, pairs, room, tau_length, rng):
-    """Question-answer pairs out of the buffer (prompts, responses), at least one -> ids of tau, its pairs.
-
-    Drawn pairs that do not fit into `room` tokens are passed over for others. Where not one fits whole, the
-    shortest prompt is cut from the left.
-    """
+    """Up to `pairs` of the buffer (prompts, responses), at least one -> ids of tau, how many are in it."""
     if not pairs:
         return [], 0
-    buffer, tau = list(zip(*buffer, strict=True)), []
-    for i in rng.permutation(len(buffer)):
-        _, spans = prepend_tau(tok, [*tau, buffer[i]], [], room, tau_length)
-        if len(tau) < pairs and len(spans) > len(tau):
-            tau.append(buffer[i])
-    if not tau:
-        prompt, response = min(buffer, key=lambda pair: len(pair[0]))
-        tau = [(cut_prompt(tok, prompt, room - len(response[:tau_length])), response)]
-    return prepend_tau(tok, tau, [], room, tau_length)[0], len(tau)
+    answered = list(zip(*buffer, strict=True))
+    ids = []
+    shown = 0
+    for i in rng.permutation(len(answered)):
+        # A pair that does not fit is passed over for another
+        prompt, response = answered[i]
+        longer = append_to_prefix(tok, ids, prompt) + response[:tau_length]
+        if shown < pairs and len(longer) <= room:
+            ids = longer
+            shown += 1
+    if not shown:
+        # Not one fits whole: of the shortest prompt the middle goes
+        prompt, response = min(answered, key=lambda pair: len(pair[0]))
+        response = response[:tau_length]
+        ids = cut_prompt(tok, prompt, room - len(response)) + response
+    return ids, max(1, shown)
 
 
 def frame(prompts, responses, device="cpu"):
-    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T). One T on all ranks, or ZeRO-3 would hang."""
-    P, T = max(map(len, prompts)), all_max(max(map(len, responses)))
+    """Lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T)."""
+    P = max(map(len, prompts))
+    # One T on all ranks, or ZeRO-3 would hang
+    T = all_max(max(map(len, responses)))
     ids, attn = torch.zeros(2, len(prompts), P + T, dtype=torch.long)
     for row, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-        ids[row, P - len(p):P + len(r)] = torch.tensor(p + r)
-        attn[row, P - len(p):P + len(r)] = 1
+        real = slice(P - len(p), P + len(r))
+        ids[row, real] = torch.tensor(p + r)
+        attn[row, real] = 1
     return ids.to(device), attn.to(device), attn[:, P:].bool().to(device)
 
 
@@ -778,23 +804,21 @@ def pack(tok, row, before, max_length, tau_length):
 
 def read_pairs(paths, tok, max_length):
     """Pairs {prompt, chosen, rejected}, less those whose answers are equal once --max-length cut them."""
-    pairs, equal = [], 0
-    for path in paths:
-        for pair in read_rows(path, ["prompt", "chosen", "rejected"], tok=tok):
-            # Characters, fewer than the tokens that are left hold: most pairs differ in them
-            kept = max_length // 8
-            differ = pair["chosen"][:kept] != pair["rejected"][:kept]
-            if not differ:
-                sides = [one_side(pair, side) for side in ("chosen", "rejected")]
-                chosen, rejected = (pack(tok, side, [], max_length, 0)[0] for side in sides)
-                differ = chosen != rejected
-            equal += not differ
-            pairs += [pair] if differ else []
-    if equal and rank() == 0:
-        line = f"--max-length {max_length}: left out {equal} pairs that it makes equal"
-        print(line, file=sys.stderr)
+    def equal(pair):
+        chosen, rejected = (one_side(pair, side) for side in ("chosen", "rejected"))
+        # Characters, fewer than the tokens that are left hold: most pairs differ in them
+        kept = max_length // 8
+        if chosen["response"][:kept] != rejected["response"][:kept]:
+            return False
+        return pack(tok, chosen, [], max_length, 0)[0] == pack(tok, rejected, [], max_length, 0)[0]
+
+    keys = ["prompt", "chosen", "rejected"]
+    read = [pair for path in paths for pair in read_rows(path, keys, tok=tok)]
+    pairs = [pair for pair in read if not equal(pair)]
     if not pairs:
         die(f"{', '.join(paths)}: --max-length {max_length} makes the answers of all pairs equal")
+    if len(pairs) < len(read):
+        say(f"--max-length {max_length}: left out {len(read) - len(pairs)} pairs that it makes equal")
     check_lengths(pairs, lambda pair: encode_whole(tok, one_side(pair, "chosen")), max_length)
     return pairs
 
@@ -814,19 +838,20 @@ def read_prompts(tok, path, max_length, flag="--max-prompt-length"):
 def packed_frame(sequences, device="cpu"):
     """What pack returned, B times -> ids, attn (B, P+T), mask (B, T), True on every response."""
     parts = [(ids[:spans[0][1]], ids[spans[0][1]:]) for ids, spans in sequences]
-    ids, attn, mask = frame(*zip(*parts, strict=True))
+    ids, attn, mask = frame(*zip(*parts, strict=True), device)
     mask[:] = False
     for row, (_, spans) in zip(mask, sequences, strict=True):
         for _, begin, end in spans:
             row[begin - spans[0][1]:end - spans[0][1]] = True
-    return ids.to(device), attn.to(device), mask.to(device)
+    return ids, attn, mask
 
 
 def append_responses(ids, attn, response, mask):
     """Prompts (B, P) and what a rollout sampled, (B, T), as one frame; T is the longest of all ranks."""
     T = all_max(int(mask.any(0).sum()))
-    response = F.pad(response[:, :T], (0, max(0, T - response.shape[1])))
-    mask = F.pad(mask[:, :T], (0, max(0, T - mask.shape[1])))
+    missing = (0, max(0, T - mask.shape[1]))
+    response = F.pad(response[:, :T], missing)
+    mask = F.pad(mask[:, :T], missing)
     return torch.cat([ids, response], 1), torch.cat([attn, mask.long()], 1), mask
 
 
@@ -836,7 +861,8 @@ def unpad(ids, mask):
 
 
 def sort_by_length(order, attn, size):
-    """Row numbers (B,), each optimizer batch of `size` sorted by length: less padding."""
+    """Row numbers (B,), each optimizer batch of `size` sorted by length."""
+    # Rows of like length in one micro-batch need less padding
     length = attn.sum(1)
     batches = order.to(attn.device).split(size)
     return torch.cat([rows[length[rows].argsort(stable=True)] for rows in batches])
@@ -844,34 +870,35 @@ def sort_by_length(order, attn, size):
 
 @torch.no_grad()
 def evaluate(run, rollout, model, policy, trunk, tok, rows, reward, adapter=None, n=256):
-    """Roll out about n held-out prompts: gold reward, KL to the reference, length -> OUT/summary.json.
-
-    The answers of rank 0 go to OUT/samples.jsonl.
-    """
+    """Means over about n held-out prompts -> OUT/summary.json, the answers -> OUT/samples.jsonl."""
     args = run.args
     stride = args.batch_size * run.world
     batches = -(-n // stride)
     actor = run.actor(model)
     policy.eval()
-    sums, samples = {}, []
+    sums = {}
+    samples = []
     for i in range(batches):
+        # 1. Rollout, of this rank's prompts
         index = range(i * stride + run.rank, (i + 1) * stride, run.world)
         prompts = [rows[j % len(rows)]["prompt"] for j in index]
         prompt_ids = [encode_prompt(tok, p, args.max_prompt_length) for p in prompts]
         ids, attn, mask, ended = rollout(actor, prompt_ids, tok, args, run.device, adapter)
-        logp = policy(ids, attn, mask.shape[1], adapter, temperature=args.temperature)
-        ref_logp = trunk(ids, attn, mask.shape[1], None, temperature=args.temperature)
+        texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
+        answers = list(zip(prompts, texts, ended.tolist(), strict=True))
+        samples += [dict(prompt=p, response=text, ended=end) for p, text, end in answers]
+
+        # 2. Means over the answers and ranks
+        T = mask.shape[1]
+        logp = policy(ids, attn, T, adapter, temperature=args.temperature)
+        ref_logp = trunk(ids, attn, T, None, temperature=args.temperature)
         found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), ended=ended.float().mean(),
                      length=mask.sum(1).float().mean())
-        texts = tok.batch_decode(unpad(ids, mask), skip_special_tokens=True)
-        answers = zip(prompts, texts, ended.tolist(), strict=True)
-        samples += [dict(prompt=p, response=text, ended=end) for p, text, end in answers]
         if reward:
-            answers = zip(prompts, texts, strict=True)
-            found["gold"] = np.mean([reward(p, text) for p, text in answers])
+            found["gold"] = np.mean([reward(p, text) for p, text, _ in answers])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / batches
-    run.write("summary.json", dict(sums, rollouts=batches * stride, peak_bytes=peak_bytes()))
-    run.write_lines("samples.jsonl", samples)
+    run.write("summary.json", dict(sums, rollouts=batches * stride))
+    run.write_lines("samples.jsonl", samples)           # those of rank 0
     numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
     run.say(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")

@@ -1,7 +1,7 @@
 """Checkpoints: folders that are complete or not there, and what a run needs to continue bit for bit.
 
 save_model writes a transformers folder, save_adapter a GVM or reward model, Checkpoints what --resume reads.
-Open this file to save another format. What a stage itself must remember goes into Checkpoints.save.
+Open this file to save another format. What a stage itself must remember goes into Run.keep.
 """
 import contextlib
 import functools
@@ -12,7 +12,6 @@ import pathlib
 import re
 import shutil
 import signal
-import sys
 import zlib
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.processes import all_max, barrier, die, finish, gathered, lock, new_folder, rank, say, world
+from runtime.processes import all_max, barrier, die, finish, gathered, new_folder, rank, say, world
 
 # Flags that --resume may change; with another value of any other flag it would not be the same run.
 MAY_CHANGE = {
@@ -28,7 +27,8 @@ MAY_CHANGE = {
     "lr", "critic_lr", "rm_lr", "lr_decay", "warmup_steps", "kl_coef", "kl_target", "kl_stop", "clip",
     "mini_batch_size", "grad_accum", "static_cache", "gradient_checkpointing", "ds_config",
     "heldout", "pairs_heldout", "prompts", "gold", "true_q", "min_gap"}
-NOT_OF_THE_RUN = {"out", "resume", "dry_run", "local_rank", "world_size", "rm_asked"}
+NOT_OF_THE_RUN = {"out", "resume", "dry_run", "local_rank", "rm_asked"}
+KEPT = 2                                                # checkpoints of a run
 
 
 def must_be_finite(model, what):
@@ -71,42 +71,34 @@ def tokenizer_fingerprint(tok):
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
-def fingerprints(model, tok):
-    """What an adapter of this model needs: hashes of the trunk and of the tokenizer."""
-    return dict(trunk=model.fingerprint, tokenizer=tokenizer_fingerprint(tok))
-
-
 def save_adapter(model, name, tok, folder, **meta):
     """Write adapter and head `name` to adapter.safetensors, what loading needs and `meta` to adapter.json."""
     must_be_finite(model, f"the weights for {folder}")
+    head = model.heads[name]
+    about = dict(name=name, **model.adapters[name], trunk=model.fingerprint,
+                 tokenizer=tokenizer_fingerprint(tok), **meta, sees_token=head.sees_token,
+                 token_scale=head.token_scale)
     own = model.adapter_parameters(name)
     with new_folder(folder) as tmp, gathered(own.values()):
         if rank() == 0:
-            weights = {k: p.detach().cpu().contiguous() for k, p in own.items()}
+            weights = {key: p.detach().cpu().contiguous() for key, p in own.items()}
             save_file(weights, os.path.join(tmp, "adapter.safetensors"))
-            about = dict(name=name, **model.adapters[name], **fingerprints(model, tok), **meta)
-            about["sees_token"] = model.heads[name].sees_token
-            about["token_scale"] = model.heads[name].token_scale
             pathlib.Path(tmp, "adapter.json").write_text(json.dumps(about, indent=1))
 
 
 def load_adapter(model, tok, folder, made_by):
     """Put a saved adapter and its head, frozen, on `model` -> its meta data. Refuses one of another trunk."""
     try:
-        with open(os.path.join(folder, "adapter.json")) as f:
-            meta = json.load(f)
+        meta = json.loads(pathlib.Path(folder, "adapter.json").read_text())
         own = load_file(os.path.join(folder, "adapter.safetensors"))
     except (OSError, ValueError, SafetensorError) as e:
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
-    for what, fingerprint in fingerprints(model, tok).items():
+    needed = dict(trunk=model.fingerprint, tokenizer=tokenizer_fingerprint(tok))
+    for what, fingerprint in needed.items():
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
-    tied = model.lm.get_input_embeddings().weight is model.lm.get_output_embeddings().weight
-    sees_token = meta.get("sees_token", False)
-    if sees_token and "token_scale" not in meta and not tied:
-        die(f"{folder}: its head reads the input embedding, as older versions did; train it again: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
-    model.add_head(meta["name"], sees_token, meta.get("token_scale", 1.0 if sees_token else None))
+    model.add_head(meta["name"], meta["sees_token"], meta["token_scale"])
     for key, p in model.adapter_parameters(meta["name"]).items():
         p.requires_grad_(False).copy_(own[key])
     return meta
@@ -115,15 +107,16 @@ def load_adapter(model, tok, folder, made_by):
 class Checkpoints:
     """OUT/checkpoint/step_N: DeepSpeed's files of each engine, random states, the stage's state, check sums.
 
-    first, state = checkpoints.load()          the step to continue with and what `save` was given, or 0, {}
-    checkpoints.save(step, name=value, ...)    after each step; writes every --save-every, and on a signal
+    first, state = checkpoints.load()      the step to continue with and what `save` was given, or 0, {}
+    checkpoints.save(step, state)          after each step; writes every --save-every, and on a signal
     """
 
-    def __init__(self, args, out, keep=2, **engines):
-        self.args, self.folder, self.keep, self.engines = args, os.path.join(out, "checkpoint"), keep, engines
-        self.stop = self.skipped = 0
-        if os.path.isdir(out):
-            lock(out)
+    def __init__(self, args, out, engines):
+        self.args = args
+        self.folder = os.path.join(out, "checkpoint")
+        self.engines = engines
+        self.stop = 0
+        self.skipped = 0                                # updates, by DeepSpeed
         signal.signal(signal.SIGTERM, self.on_signal)
         signal.signal(signal.SIGINT, self.on_signal)
 
@@ -133,98 +126,110 @@ class Checkpoints:
             signal.signal(number, signal.SIG_DFL)
         self.stop = 1
 
+    def path(self, step):
+        return os.path.join(self.folder, f"step_{step}")
+
     def steps(self):
         """Steps of the checkpoints that are there, the last one first."""
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name)), reverse=True)
 
     def load(self):
-        path = self.last_whole() if self.args.resume else None
-        if path is None:
-            if rank() == 0 and self.steps():                    # an older run's, which --resume must not find
+        step = self.last_whole() if self.args.resume else 0
+        path = self.path(step)
+        if step == 0:
+            if rank() == 0 and self.steps():            # an older run's, which --resume must not find
                 shutil.rmtree(self.folder + ".old", ignore_errors=True)
                 os.rename(self.folder, self.folder + ".old")
             barrier()
             return 0, {}
-        with open(os.path.join(path, "run.json")) as f:
-            before = json.load(f)
-        if before["world_size"] != world():
-            die(f"--resume: {path} was written by {before['world_size']} processes; start as many")
-        changed = self.changed_flags(before, path)
+        changed = self.changed_flags(path)
         for name, engine in self.engines.items():
             engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
-        mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
         self.skipped = sum(engine.skipped_steps for engine in self.engines.values())
+        mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
         torch.set_rng_state(mine["random"])
         if "random_cuda" in mine:
             torch.cuda.set_rng_state(mine["random_cuda"])
         # A flag that was changed, --kl-coef, counts for more than the state of that name
-        state = {key: value for key, value in mine["state"].items() if key not in changed}
-        return int(path.rpartition("_")[2]), state
+        return step, {key: value for key, value in mine["state"].items() if key not in changed}
 
-    def changed_flags(self, before, path):
+    def changed_flags(self, path):
         """The flags that are not those of the checkpoint: said in one line, or refused."""
-        now, changed = json.loads(json.dumps(vars(self.args))), {}      # lists for tuples, as in the file
+        before = json.loads(pathlib.Path(path, "run.json").read_text())
+        now = json.loads(json.dumps(self.flags()))      # lists for tuples, as in the file
+        changed = {}
         for key, value in before.items():
-            if key in now and now[key] != value and key not in NOT_OF_THE_RUN:
+            if key not in NOT_OF_THE_RUN and now.get(key, value) != value:
                 changed[key] = f"--{key.replace('_', '-')} {value} -> {now[key]}"
-        wrong = [change for key, change in changed.items() if key not in MAY_CHANGE]
+        wrong = [changed[key] for key in changed if key not in MAY_CHANGE]
         if wrong:
-            die(f"--resume: {', '.join(wrong)}: not as {path} has it; leave it as it was, or start a new run")
-        if changed and rank() == 0:
-            print(f"--resume with {', '.join(changed.values())}", file=sys.stderr)
+            flags = ", ".join(wrong)
+            die(f"--resume: {flags}: not as {path} has it; leave it as it was, or start a new run")
+        if changed:
+            say(f"--resume with {', '.join(changed.values())}")
         return changed
 
     def last_whole(self):
-        """Folder of the last checkpoint whose files are what was written; damaged ones are moved aside."""
+        """The last step whose checkpoint is what was written, or 0; damaged ones are moved aside."""
         steps = self.steps()
-        for path in [os.path.join(self.folder, f"step_{step}") for step in steps]:
-            damaged = int(rank() == 0)
-            if damaged:
-                with contextlib.suppress(OSError, ValueError), open(os.path.join(path, "files.json")) as f:
-                    damaged = int(json.load(f) != check_sums(path))
-            if not all_max(damaged):
-                return path
+        for step in steps:
+            path = self.path(step)
+            if not all_max(int(rank() == 0 and is_damaged(path))):
+                return step
+            say(f"{path}: cut short or damaged; using the one before it")
             if rank() == 0:
-                print(f"{path}: cut short or damaged; using the one before it", file=sys.stderr)
                 os.rename(path, path + ".damaged")
-            barrier()
         if steps:
             die(f"{self.folder}: all checkpoints are damaged; start a new run without --resume")
-        if rank() == 0:
-            print(f"{self.folder}: no checkpoint to resume from; starting a new run", file=sys.stderr)
+        say(f"{self.folder}: no checkpoint to resume from; starting a new run")
+        return 0
 
-    def save(self, step, **state):
+    def flags(self):
+        """What --resume compares: the number of processes, too."""
+        return vars(self.args) | dict(world_size=world())
+
+    def save(self, step, state):
         """`step` has just been done, counted from 0."""
         skipped = sum(engine.skipped_steps for engine in self.engines.values())
-        if skipped > self.skipped and rank() == 0:              # which DeepSpeed does not say
+        if skipped > self.skipped:                      # which DeepSpeed does not say
             say(f"warning: step {step}: gradient not finite, update skipped; lower --lr")
-        self.skipped, self.stop = skipped, all_max(self.stop)
+        self.skipped = skipped
+        self.stop = all_max(self.stop)
         if not self.stop and (step + 1) % self.args.save_every:
             return
         for name, engine in self.engines.items():
             must_be_finite(engine.module, f"weights of the {name} after step {step}")
-        with new_folder(os.path.join(self.folder, f"step_{step + 1}")) as tmp:
+        with new_folder(self.path(step + 1)) as tmp:
             for name, engine in self.engines.items():
                 engine.save_checkpoint(tmp, tag=name, save_latest=False, exclude_frozen_parameters=True)
-            cuda = dict(random_cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}
-            mine = dict(cuda, random=torch.get_rng_state(), state=state)
+            mine = dict(random=torch.get_rng_state(), state=state)
+            if torch.cuda.is_available():
+                mine["random_cuda"] = torch.cuda.get_rng_state()
             torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
             if rank() == 0:
-                flags = json.dumps(vars(self.args) | dict(world_size=world()), indent=1)
-                pathlib.Path(tmp, "run.json").write_text(flags)
+                pathlib.Path(tmp, "run.json").write_text(json.dumps(self.flags(), indent=1))
                 pathlib.Path(tmp, "files.json").write_text(json.dumps(check_sums(tmp), indent=1))
         if rank() == 0:
-            for old in self.steps()[self.keep:]:
-                shutil.rmtree(os.path.join(self.folder, f"step_{old}"))
+            for old in self.steps()[KEPT:]:
+                shutil.rmtree(self.path(old))
         if self.stop:
-            if rank() == 0:
-                say(f"\nstopped after step {step}; continue with --resume")
+            say(f"\nstopped after step {step}; continue with --resume")
             finish()
 
 
 def check_sums(folder):
     """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
-    paths = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.name != "files.json"]
-    return {str(p.relative_to(folder)): [p.stat().st_size, zlib.crc32(np.memmap(p, mode="r"))] for p in paths}
+    found = {}
+    for p in pathlib.Path(folder).rglob("*"):
+        if p.is_file() and p.name != "files.json":
+            found[str(p.relative_to(folder))] = [p.stat().st_size, zlib.crc32(np.memmap(p, mode="r"))]
+    return found
+
+
+def is_damaged(folder):
+    """Whether its files are not those that were written."""
+    with contextlib.suppress(OSError, ValueError):      # no list, a cut list, an empty file
+        return json.loads(pathlib.Path(folder, "files.json").read_text()) != check_sums(folder)
+    return True

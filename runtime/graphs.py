@@ -14,16 +14,13 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 
-from runtime.processes import CUDA, rank, say
+from runtime.processes import CUDA, say
 
 # Only the length may change, and is marked: `dynamic` is off. A resumed run gets the same kernels.
 OPTIONS = dict(force_pointwise_cat=True, deterministic=True)
 
 
-@functools.cache
-def say_once(line):
-    if rank() == 0:
-        say(line)
+say_once = functools.cache(say)
 
 
 @contextlib.contextmanager
@@ -36,15 +33,14 @@ def merged(model, adapter, args):
     if adapter is None or getattr(args, "gradient_checkpointing", False):
         yield adapter
         return
-    kept = []                                           # lies where activations will
+    weights = [layer.base.weight.detach() for layer in model.lora_layers()]
+    kept = [weight.clone() for weight in weights]       # lies where activations will
     try:
-        for layer in model.lora_layers():
-            weight = layer.base.weight.detach()
-            kept.append((weight, weight.clone()))
+        for weight, layer in zip(weights, model.lora_layers(), strict=True):
             weight.copy_(weight.float() + layer.delta(adapter).detach())
         yield None
     finally:
-        for weight, own in kept:
+        for weight, own in zip(weights, kept, strict=True):
             weight.copy_(own)
 
 
@@ -79,13 +75,12 @@ def one_token(module, query, key, value, mask, scaling=None, **kwargs):
 AttentionInterface.register("one_token", one_token)
 
 
-def run_block(block, *args, **kwargs):
-    return type(block).forward(block, *args, **kwargs)
-
-
 @functools.cache
 def compiled_block():
     """One compiled function for all blocks: their weights and caches are its inputs."""
+    def run_block(block, *args, **kwargs):
+        return type(block).forward(block, *args, **kwargs)
+
     return torch.compile(run_block, fullgraph=True, dynamic=False, options=OPTIONS)
 
 
@@ -122,20 +117,26 @@ class StaticDecoder:
     compiles = CUDA                                     # until it fails; on a CPU it does not pay
 
     def __init__(self, decoder, new):
-        prompts, length = decoder.cache, decoder.positions.shape[1]
+        layers = decoder.cache.layers
+        length = decoder.positions.shape[1]
         total = -(-(length + new) // 64) * 64
-        mask = torch.ones_like(decoder.positions) if decoder.mask is None else decoder.mask
-        mask = F.pad(mask, (0, total - length))[:, None, None]                     # (B, 1, 1, total)
-        decoder.mask = decoder.logits.new_zeros(mask.shape, dtype=prompts.layers[0].keys.dtype)
-        decoder.mask.masked_fill_(mask == 0, -torch.inf)
+        real = torch.ones_like(decoder.positions) if decoder.mask is None else decoder.mask
+        real = F.pad(real, (0, total - length))[:, None, None]                     # (B, 1, 1, total)
+        decoder.mask = decoder.logits.new_zeros(real.shape, dtype=layers[0].keys.dtype)
+        decoder.mask.masked_fill_(real == 0, -torch.inf)
         torch._dynamo.maybe_mark_dynamic(decoder.mask, 3)
-        self.end, layers = torch.tensor([length], device=mask.device), []
-        for layer in prompts.layers:
-            layers.append(Layer(layer, total, self.end))
+        self.end = torch.tensor([length], device=real.device)
+        static = []
+        for layer in layers:
+            static.append(Layer(layer, total, self.end))
             layer.keys = layer.values = None            # never hold both caches
-        decoder.cache, decoder.positions = Cache(layers=layers), decoder.positions[:, -1:].clone()
-        self.decoder, self.logits, self.token = decoder, decoder.logits, decoder.positions.clone()
-        self.graph, self.warm = None, 0
+        decoder.cache = Cache(layers=static)
+        decoder.positions = decoder.positions[:, -1:].clone()
+        self.decoder = decoder
+        self.logits = decoder.logits
+        self.token = decoder.positions.clone()
+        self.graph = None
+        self.warm = 0                                   # calls without a graph
         lists = [m for m in decoder.trunk.modules() if isinstance(m, torch.nn.ModuleList)]
         self.blocks = next((m for m in lists if len(m) == len(layers)), [])
 
@@ -195,7 +196,8 @@ class StaticDecoder:
 
     def record(self):
         """The graph of one call, for later ones. Recording runs nothing."""
-        graph, compiles = torch.cuda.CUDAGraph(), StaticDecoder.compiles
+        graph = torch.cuda.CUDAGraph()
+        compiles = StaticDecoder.compiles
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.append()

@@ -16,49 +16,59 @@ CHUNK = 1024                                            # positions whose logits
 
 
 def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
-    """Print the plan, write it to OUT/memory.json, and end the run where it does not fit.
+    """Print the plan, write it to OUT/memory.json, and end the run where memory or positions are too few.
 
     models {role: LM}, the policy first; the largest backward pass is over rows x length tokens, of which the
     log-softmax sees rows x sampled; decode: rows and length of the rollout's KV cache.
     """
-    policy, about, kept = next(iter(models.values())), {}, 0
-    element = next(policy.parameters()).element_size()
-    held = gradients = optimizer = 0
+    policy = next(iter(models.values()))
+    check_context(policy, decode[1], "--max-prompt-length and --max-new-tokens")
+    check_context(policy, length, "--max-length")
+
+    # Weights, gradients, optimizer states: whole or sharded over the ranks
+    about = {}
+    gradients = optimizer = per_token = 0
     for role, model in models.items():
-        trained = [p for p in model.parameters() if p.requires_grad]
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        about[role] = dict(parameters=sum(p.numel() for p in model.parameters()),
-                           trainable=sum(p.numel() for p in trained), bytes=weights)
-        held += weights
-        gradients += sum(p.numel() * p.element_size() for p in trained)
+        weights = list(model.parameters())
+        trained = [p for p in weights if p.requires_grad]
+        about[role] = dict(parameters=sum(p.numel() for p in weights), bytes=sum(p.nbytes for p in weights),
+                           trainable=sum(p.numel() for p in trained))
         for p in trained:                               # two moments, and fp32 weights unless its own are
+            gradients += p.nbytes
             optimizer += p.numel() * (8 if p.element_size() == 4 and not args.zero else 12)
-        kept = max(kept, activation_bytes(model) if trained else 0)
+        per_token = max(per_token, activation_bytes(model) if trained else 0)
+    held = sum(model["bytes"] for model in about.values())
     shards = [world() if args.zero >= stage else 1 for stage in range(4)]
     plan = {"weights": held / shards[3], "gradients": gradients / shards[2]}
     plan["optimizer"] = 0 if args.offload and CUDA else optimizer / shards[1]
     if args.zero == 3 and decode[0]:
         plan["a copy of the policy to decode with"] = next(iter(about.values()))["bytes"]
+
+    # The update's activations and logits, or the rollout's KV cache and logits
     config = policy.lm.config.get_text_config(decoder=True)
+    element = next(policy.parameters()).element_size()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * width * element                  # bytes per token
-    activations = rows * length * kept + min(CHUNK, rows * sampled) * config.vocab_size * (4 + element)
+    logits = min(CHUNK, rows * sampled) * config.vocab_size * (4 + element)
     rollout = decode[0] * (decode[1] * cache + config.vocab_size * 12)
     if decode[0] and not getattr(args, "gradient_checkpointing", False):            # graphs.merged
         rollout += sum(layer.base.weight.nbytes for layer in policy.lora_layers())
-    plan["activations, or KV cache of the rollout"] = max(activations, rollout)     # never both
-    total, free = sum(plan.values()), psutil.virtual_memory().available + held
+    plan["activations, or KV cache of the rollout"] = max(rows * length * per_token + logits, rollout)
+
+    total = sum(plan.values())
+    free = psutil.virtual_memory().available + held
     if CUDA:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
+    MB = 2**20
     if rank() == 0:
         for role, model in about.items():
             print(f"{role}: {model['parameters']:,} parameters, {model['trainable']:,} of them trained")
-        for what, size in [*plan.items(), (f"together, of {free / 2**20:,.0f} MB that are free", total)]:
-            print(f"{what:<52}{size / 2**20:>11,.0f} MB")
+        for what, size in [*plan.items(), (f"together, of {free / MB:,.0f} MB that are free", total)]:
+            print(f"{what:<52}{size / MB:>11,.0f} MB")
     write_json(os.path.join(args.out, "memory.json"), dict(plan=plan, total=total, free=free, models=about))
     if all_max(int(total > free)):
-        die(f"needs {total / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free; try --lora (dvpo.py), "
+        die(f"needs {total / MB:,.0f} MB and {free / MB:,.0f} MB are free; try --lora (dvpo.py), "
             "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
 
 
@@ -98,7 +108,9 @@ def check_context(model, tokens, flags):
 def activation_bytes(model):
     """Bytes that a backward pass keeps per token, measured on one short row."""
     ids = torch.zeros(1, 16, dtype=torch.long, device=next(model.parameters()).device)
-    weights, kept, training = {p.data_ptr() for p in model.parameters()}, {}, model.training
+    weights = {p.data_ptr() for p in model.parameters()}
+    training = model.training
+    kept = {}                                           # address: bytes
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

@@ -3,7 +3,6 @@
 docs/metrics.md says what each number means and which values are healthy.
 Open this file to log elsewhere. A new number is logged where a stage computes it.
 """
-import contextlib
 import json
 import math
 import os
@@ -13,19 +12,16 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.processes import CUDA, die, rank, say, world, writing
+from runtime.processes import CUDA, all_sum, die, rank, say, world, writing
 
 
 def mean_over_ranks(metrics):
     """{name: number or scalar tensor} -> {name: float}, averaged over ranks in one transfer."""
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in metrics.values()])
-    if world() > 1:
-        values = values.to("cuda") if CUDA else values
-        dist.all_reduce(values)
-    return dict(zip(metrics, (values / world()).tolist(), strict=True))
+    means = all_sum(values.to("cuda" if CUDA else "cpu")) / world()
+    return dict(zip(metrics, means.tolist(), strict=True))
 
 
 def peak_bytes():
@@ -53,17 +49,8 @@ class Progress(tqdm):
         return lambda line: line.strip() and say(line)
 
 
-@contextlib.contextmanager
-def clock(seconds, phase):
-    """Add the time of a `with` block to the dict: seconds["sec_generate"] for the phase "generate"."""
-    synchronize()
-    begin = time.perf_counter()
-    yield
-    synchronize()
-    seconds["sec_" + phase] = time.perf_counter() - begin
-
-
 def synchronize():
+    """Wait for the device, so that the clock sees its work."""
     if CUDA:
         torch.cuda.synchronize()
 
@@ -73,7 +60,10 @@ class Metrics:
 
     def __init__(self, out, steps, desc, show, engine=None, first=0):
         """first: the step of the next row. A resumed run keeps the rows before it."""
-        self.path, self.show, self.engine, rows = os.path.join(out, "metrics.jsonl"), show, engine, []
+        self.path = os.path.join(out, "metrics.jsonl")
+        self.show = show
+        self.engine = engine
+        rows = []
         if rank() == 0:
             if first and os.path.exists(self.path):
                 with open(self.path) as f:
@@ -100,5 +90,6 @@ class Metrics:
         if bad or self.bar.n == self.bar.total:
             self.bar.close()
         if bad:
-            die(f"{', '.join(bad)} at step {step} not finite, not saved; lower --lr, then --resume", code=1)
+            names = ", ".join(bad)
+            die(f"{names} at step {step} not finite, not saved; lower --lr, then --resume", code=1)
         return row

@@ -1,6 +1,5 @@
-"""Processes: one or many, started by plain python, torchrun or deepspeed, on CPUs and on GPUs.
+"""Processes: how a run starts and ends, sums over ranks, and files that are whole.
 
-Holds how a run starts, how it ends (well, or with an error in one line), sums over ranks, and whole files.
 Open this file when a launch hangs or fails, or when you need one more collective operation.
 """
 import atexit
@@ -8,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,59 +35,61 @@ def die(message, code=2, all_ranks=False):
 
     code: 2 for wrong input, 1 for a run that failed; all_ranks: print where rank 0 may not see the error.
     """
-    if all_ranks or int(os.environ.get("RANK", 0)) == 0:
+    if all_ranks or rank() == 0:
         tqdm.write(f"error: {message}", file=sys.stderr)        # below any progress bar
     raise SystemExit(code)
 
 
 def say(line):
-    """Print a line on stderr. Where its reader has gone, as a launcher may, the run gets a SIGTERM.
-
-    Which ends a stage after its step, with a checkpoint: to fail here would lose the steps since the last.
-    """
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.kill(os.getpid(), signal.SIGTERM)
+    """Print a line on stderr, on rank 0."""
+    if rank() == 0:
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            # Its reader has gone, as a launcher may: a SIGTERM ends a stage after its step, with a
+            # checkpoint. To fail here would lose the steps since the last one.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def missing_model(path, error):
     """The error message for a model that cannot be loaded: where it would come from."""
     if os.path.isdir(path):
         return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
-    if path.startswith(LOCAL):                          # out/MODEL/STAGE/model
-        parts = [*os.path.normpath(path).split(os.sep), "", ""]
-        stage = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py").get(parts[2])
-        made_by = f"{stage} --model {parts[1]}" if stage else "data/toy.py, or tools/scratch_model.py"
+    if path.startswith(LOCAL):
+        sft = re.match(r"out/([^/]+)/sft/", path)
+        made_by = f"sft.py --model {sft[1]}" if sft else "data/toy.py, or tools/scratch_model.py"
         return f"{path}: no model there; make it with: python {made_by}"
     return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
             "accept its licence there, or give --model a local folder")
 
 
-def start(args):
-    """Join the process group, seed every rank, create `args.out`; returns the device."""
-    if "RANK" not in os.environ:                                # plain python: a world of one, on a free port
+def start(args, out):
+    """Join the process group, seed every rank, make the folder `out` and lock it -> the device."""
+    if "RANK" not in os.environ:                        # plain python: a world of one, on a free port
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            values = "0", "0", "1", "127.0.0.1", str(s.getsockname()[1])
+            port = s.getsockname()[1]
+        values = ("0", "0", "1", "127.0.0.1", str(port))
         os.environ |= dict(zip(LAUNCHER_VARIABLES, values, strict=True))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)     # slow where shapes change
     if not dist.is_initialized():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo serves, without a compiler
+        # Gloo serves in place of this operation, which needs a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
             deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
         except dist.DistNetworkError as e:
-            die(f"the processes cannot meet ({str(e)[:80]}); choose another --master_port", all_ranks=True)
+            reason = str(e)[:80]
+            die(f"the processes cannot meet ({reason}); choose another --master_port", all_ranks=True)
     seed(args)
-    with writing(f"--out {args.out}", "name another folder", code=2):
-        os.makedirs(args.out, exist_ok=True)
-        lock(args.out)
-        write_json(f"{args.out}/run.json", vars(args) | dict(world_size=world(), device=str(device)))
-        must_be_shared(args.out)
+    with writing(f"--out {out}", "name another folder", code=2):
+        os.makedirs(out, exist_ok=True)
+        lock(out)
+        write_json(f"{out}/run.json", vars(args) | dict(world_size=world(), device=str(device)))
+        must_be_shared(out)
     return device
 
 
@@ -110,32 +112,32 @@ def check_writable(path):
             os.remove(path)
 
 
-LOCKED = {}                                             # folder: its file descriptor, until the process ends
+LOCKED = {}                                             # path: its file descriptor, until the process ends
 
 
-def lock(folder):
+def lock(path):
     """Refuse a folder or file that another run is writing to. The lock ends with its process."""
-    folder = os.path.realpath(folder)
-    if rank() == 0 and folder not in LOCKED:
-        descriptor = os.open(folder, os.O_RDONLY)
+    path = os.path.realpath(path)
+    if rank() > 0 or path in LOCKED:
+        return
+    LOCKED[path] = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):                  # there are file systems without locks
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKED[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
-            die(f"{folder}: another run is writing there; wait for its end, or write to another place")
-        except OSError:                                 # a file system without locks
-            pass
-        LOCKED[folder] = descriptor
+            os.close(LOCKED.pop(path))
+            die(f"{path}: another run is writing there; wait for its end, or write to another place")
 
 
 def must_be_shared(folder):
     """Every rank writes its part of a checkpoint: one host's own folder would hold a part, and seem whole."""
-    own = os.path.join(folder, f"rank_{rank()}.tmp")
-    with open(own, "w"):
-        barrier()
-    missing = sum(not os.path.exists(os.path.join(folder, f"rank_{r}.tmp")) for r in range(world()))
-    missing = all_max(missing)                                  # which comes after all ranks have looked
-    os.remove(own)
+    mark = os.path.join(folder, "shared.tmp")
+    if rank() == 0:
+        open(mark, "w").close()
+    barrier()
+    missing = all_max(int(not os.path.exists(mark)))    # which comes after all ranks have looked
+    if rank() == 0:
+        os.remove(mark)
     if missing:
         die(f"--out {folder}: each host has its own; name a folder on a file system that all hosts share")
 
@@ -146,14 +148,12 @@ def seed(args):
 
 
 def finish(code=0):
-    """End the process with all ranks together; does not return.
-
-    Python's own shutdown is skipped but for atexit's functions (wandb's, say): gloo's threads still run,
-    and one that frees a tensor during the shutdown aborts the process (pytorch issue 190489).
-    """
+    """End the process with all ranks together; does not return."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    # Python's own shutdown is skipped but for atexit's functions (wandb's, say): gloo's threads still run,
+    # and one that frees a tensor during the shutdown aborts the process (pytorch issue 190489)
     atexit._run_exitfuncs()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
@@ -162,7 +162,7 @@ def finish(code=0):
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))               # also before the process group is there
 
 
 def world():
@@ -205,20 +205,17 @@ def write_json(path, value):
 @contextlib.contextmanager
 def new_folder(path):
     """A folder for all ranks to write in, which replaces `path` only once it is complete."""
-    tmp, old = path + ".tmp", path + ".old"
+    tmp = path + ".tmp"
     try:
         if rank() == 0:
-            for leftover in (tmp, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
             os.makedirs(tmp)
         barrier()
         yield tmp
         barrier()
         if rank() == 0:
-            if os.path.exists(path):
-                os.rename(path, old)
+            shutil.rmtree(path, ignore_errors=True)
             os.rename(tmp, path)
-            shutil.rmtree(old, ignore_errors=True)
         barrier()
     except (OSError, RuntimeError, SafetensorError) as e:
         if isinstance(e, RuntimeError) and "inline_container" not in str(e):        # torch.save's error

@@ -17,11 +17,10 @@ import sys
 import traceback
 import zlib
 
-import numpy as np
 import torch
 
 from runtime.metrics import Progress
-from runtime.processes import die, rank, world
+from runtime.processes import die, say
 
 
 def read_rows(path, *kinds, tok=None):
@@ -34,7 +33,9 @@ def read_rows(path, *kinds, tok=None):
         made_by = f"python {os.path.dirname(path)}.py" if path.startswith("data/") else "a flag, see --help"
         made_by = "make smollm2" if path.startswith("data/smollm2/") else made_by
         die(f"{path}: no such file; make or name one with: {made_by}")
-    rows, left_out, rendered = [], collections.Counter(), set()
+    rows = []
+    rendered = set()                                    # orders of roles
+    left_out = collections.Counter()
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(Progress(file, desc=path, delay=2, leave=False), 1):  # noqa: B007
@@ -51,9 +52,9 @@ def read_rows(path, *kinds, tok=None):
         die(f"{path}:{number}: {e}")
     except (OSError, EOFError, zlib.error) as e:
         die(f"{path}: cannot be read ({e}); is it complete, and gzip if its name ends in .gz?")
-    if left_out and rank() == 0:
+    if left_out:
         counts = ", ".join(f"{n} with {reason}" for reason, n in left_out.items())
-        print(f"{path}: left out {counts}", file=sys.stderr)
+        say(f"{path}: left out {counts}")
     if not rows:
         die(f"{path}: {'no row is left' if left_out else 'the file is empty'}")
     return rows
@@ -70,65 +71,68 @@ def check_row(line, kinds):
     keys = next((keys for keys in kinds if set(keys) <= set(row)), None)
     if keys is None:
         raise ValueError("needs the keys " + ", or ".join(" ".join(keys) for keys in kinds))
-    texts = dict(prompt=prompt_text(row["prompt"]) if "prompt" in keys else "-")
-    optional = "policy", "chosen_policy", "rejected_policy", "system"
-    for key in ("response", "chosen", "rejected", *optional):
-        if key in keys or (key in optional and row.get(key) is not None):
-            texts[key] = row[key]
+
+    def must_be(what, key, value, holds):
+        if not holds:
+            raise ValueError(f"{key} must be {what}, not {str(value)[:40]!r}")
+
+    prompt = prompt_text(row["prompt"]) if "prompt" in keys else "-"
+    answers = [key for key in ("response", "chosen", "rejected") if key in keys]
+    names = ("policy", "chosen_policy", "rejected_policy", "system")
+    texts = {key: row[key] for key in names if row.get(key) is not None}
+    texts |= dict(prompt=prompt) | {key: row[key] for key in answers}
     for key, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{key} must be a string, not {str(text)[:40]!r}")
+        must_be("a string", key, text, isinstance(text, str))
         text.encode()                                   # fails on half a character
     for side in ("", "chosen_", "rejected_"):
-        if not isinstance(row.get(side + "ended", True), bool):
-            raise ValueError(f"{side}ended must be true or false, not {str(row[side + 'ended'])[:40]!r}")
+        ended = row.get(side + "ended", True)
+        must_be("true or false", side + "ended", ended, isinstance(ended, bool))
         ids = row.get(side + "ids", [0])
-        if not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
-            raise ValueError(f"{side}ids must be a list of token ids, not {str(ids)[:40]!r}")
+        are_ids = isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
+        must_be("a list of token ids", side + "ids", ids, are_ids)
     if "reward" in keys:
-        if not is_finite_number(row["reward"]):
-            raise ValueError(f"the reward must be a finite number, not {str(row['reward'])[:40]!r}")
-    if not texts["prompt"].strip():
+        reward = row["reward"]
+        must_be("a finite number", "the reward", reward, as_number(reward) is not None)
+
+    if not prompt.strip():
         return row, keys, "an empty prompt"
-    for key, side in ("response", ""), ("chosen", "chosen_"), ("rejected", "rejected_"):
-        if key in keys and not row[key].strip() and not row.get(side + "ended", True):
+    for key in answers:
+        ended = row.get("ended" if key == "response" else key + "_ended", True)
+        if not row[key].strip() and not ended:
             return row, keys, "an empty answer that was cut"
     return row, keys, "two equal answers" if "chosen" in keys and row["chosen"] == row["rejected"] else None
 
 
 def check_template(tok, row, rendered):
     """Render the first prompt of each order of roles; `rendered`: those that were. ValueError: refused."""
-    messages = behind_system(row)
-    messages = [dict(role="user", content=messages)] if isinstance(messages, str) else messages
-    roles = tuple(message["role"] for message in messages)
+    messages = as_messages(behind_system(row))
+    roles = ", ".join(message["role"] for message in messages)
     if tok.chat_template and roles not in rendered:
         rendered.add(roles)
         try:
             tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as e:                          # what a template raises is its own affair
-            raise ValueError(f"the chat template refuses the roles {', '.join(roles)} ({str(e)[:80]}); "
+            raise ValueError(f"the chat template refuses the roles {roles} ({str(e)[:80]}); "
                              "rewrite the row, or use another tokenizer") from e
+
+
+def as_messages(prompt):
+    """A prompt, text or a list of {role, content}, as such a list."""
+    return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
 
 
 def behind_system(row):
     """The prompt of a row, its system message in front where it has one."""
-    prompt = row["prompt"]
     if not row.get("system"):
-        return prompt
-    turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
-    return [dict(role="system", content=row["system"]), *turns]
-
-
-def is_finite_number(x):
-    """Whether x is a number that is finite in float32 too; True and "1" are none."""
-    most = float(np.finfo(np.float32).max)
-    return isinstance(x, numbers.Real) and not isinstance(x, bool) and bool(-most <= x <= most)
+        return row["prompt"]
+    return [dict(role="system", content=row["system"]), *as_messages(row["prompt"])]
 
 
 def as_number(x):
-    """What a function returned as one number -> that number: of numpy, torch or decimal, too."""
+    """x, of numpy, torch or decimal too, as a float that float32 can hold; None: it is none, as True, "1"."""
     x = x.item() if getattr(x, "shape", None) == () else x
-    return float(x) if isinstance(x, decimal.Decimal) else x
+    is_number = isinstance(x, numbers.Real | decimal.Decimal) and not isinstance(x, bool)
+    return float(x) if is_number and abs(x) <= torch.finfo(torch.float32).max else None
 
 
 def prompt_text(prompt):
@@ -153,22 +157,12 @@ def one_side(pair, side):
 
 def check_lengths(rows, encode, max_length, flag="--max-length", n=1000):
     """Say how many of the first n rows are cut: encode(row) -> ids."""
-    some = rows[:n]
-    lengths = [len(encode(row)) for row in Progress(some, desc="lengths", delay=2, leave=False)]
+    some = Progress(rows[:n], desc="lengths", delay=2, leave=False)
+    lengths = [len(encode(row)) for row in some]
     cut = sum(length > max_length for length in lengths)
-    if cut and rank() == 0:
-        print(f"{flag} {max_length} cuts {cut} of the first {len(some)} rows; the longest has {max(lengths)} "
-              "tokens", file=sys.stderr)
-
-
-def batch_indices(n, size, step, seed):
-    """This rank's row numbers of batch `step`, a function of the step alone; `size` counts all ranks.
-
-    Shuffled epochs are laid end to end: no row is dropped or repeated.
-    """
-    positions = range(step * size + rank(), (step + 1) * size, world())
-    shuffled = {e: np.random.default_rng([seed, e]).permutation(n) for e in {i // n for i in positions}}
-    return [int(shuffled[i // n][i % n]) for i in positions]
+    if cut:
+        say(f"{flag} {max_length} cuts {cut} of the first {len(lengths)} rows; the longest has "
+            f"{max(lengths)} tokens")
 
 
 class Rows(list):
@@ -198,18 +192,6 @@ def only_text(tok, text):
     return control_tokens(tok).sub(lambda match: match[0][:1] + " " + match[0][1:], text)
 
 
-def show_batch(tok, ids, attn, mask, steps):
-    """--dry-run: print the first row of a batch as text, what is trained in [[ ]]."""
-    real = attn[0].bool()
-    trained = torch.nn.functional.pad(mask[0], (len(real) - mask.shape[1], 0))[real].tolist()
-    text, row = "", zip(trained, ids[0][real].tolist(), strict=True)
-    for is_trained, tokens in itertools.groupby(row, key=lambda token: token[0]):
-        words = tok.decode([token for _, token in tokens])
-        text += f"[[{words}]]" if is_trained else words
-    if rank() == 0:
-        print(f"{steps} steps. The first of {len(ids)} rows of the first batch, [[trained tokens]]:\n{text}")
-
-
 def load_function(spec, unknown=()):
     """`FILE.py:function` -> the function, checked at every call to return a finite number; "" -> None.
 
@@ -231,10 +213,11 @@ def load_function(spec, unknown=()):
 
     def call(*values):
         try:
-            number = as_number(function(*values))
-            if is_finite_number(number):
-                return float(number)
-            error = f"returned {str(number)[:40]!r}, which is no finite number,"
+            returned = function(*values)
+            number = as_number(returned)
+            if number is not None:
+                return number
+            error = f"returned {str(returned)[:40]!r}, which is no finite number,"
         except unknown:
             raise
         except Exception as e:

@@ -9,17 +9,77 @@
         run.log(kl=kl)                                      one line of metrics.jsonl, a mean over ranks
         run.keep(kl_coef=kl_coef)                           what --resume must restore
 
-The loop stays in the stage. Open this file to change what surrounds it.
+The loop stays in the stage. Open this file to change what surrounds it: the optimizer, the way to shard.
 """
+import contextlib
+import copy
+import itertools
 import json
 import os
+import re
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 from runtime.checkpoints import Checkpoints, save_model
-from runtime.engines import actor, engine, frozen, refresh
-from runtime.memory import check_context, memory_plan
-from runtime.metrics import Metrics, clock
-from runtime.processes import all_sum, finish, rank, seed, start, world, write_json, writing
-from runtime.rows import batch_indices, show_batch
+from runtime.memory import memory_plan
+from runtime.metrics import Metrics, synchronize
+from runtime.processes import (
+    CUDA,
+    all_sum,
+    deepspeed,
+    die,
+    finish,
+    gathered,
+    rank,
+    seed,
+    start,
+    world,
+    write_json,
+    writing,
+)
+
+
+def ds_config(args, model, rows, accum=1):
+    """ds_config.json (--ds-config), with what the flags decide filled in."""
+    try:
+        with open(args.ds_config) as f:
+            config = json.load(f)
+    except (OSError, ValueError) as e:
+        die(f"--ds-config {args.ds_config}: {e}")
+    decided = dict(train_micro_batch_size_per_gpu=rows, gradient_accumulation_steps=accum)
+    zero = config.setdefault("zero_optimization", {})
+    ours = {"train_batch_size", "optimizer", "scheduler", "fp16", "stage", *decided}
+    if taken := ours & {*config, *zero}:
+        names = ", ".join(sorted(taken))
+        die(f"--ds-config {args.ds_config}: {names}: the flags decide that; take it out")
+    zero["stage"] = args.zero
+    if args.offload:                                    # with torch's own AdamW, which needs no compiler
+        zero["offload_optimizer"] = dict(device="cpu", pin_memory=CUDA)
+        config["zero_force_ds_cpu_optimizer"] = False
+    # DeepSpeed's bf16 mode casts every weight. A whole model needs it, for the fp32 weights of its
+    # optimizer; adapters and heads are fp32 and must stay so, trained or frozen.
+    bf16 = torch.bfloat16 in {p.dtype for p in model.parameters() if p.requires_grad}
+    return config | decided | dict(bf16=dict(enabled=bf16))
+
+
+def engine(model, args, lr, rows, accum):
+    """DeepSpeed engine with fused AdamW over what is trainable: `accum` forwards of `rows` rows each."""
+
+    def layer(item):
+        return (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
+
+    # One optimizer group per layer: ZeRO-1/2 upcast the gradients of a group at a time (all: 19 GB at 3B)
+    trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    groups = [dict(params=[p for _, p in items]) for _, items in itertools.groupby(trainable, layer)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    config = ds_config(args, model, rows, accum)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    if world() == 1 and not args.zero:
+        engine.enable_backward_allreduce = False        # a copy of all gradients, to sum them over one rank
+    return engine
 
 
 class Run:
@@ -29,23 +89,14 @@ class Run:
         self.name = name
         self.show = show
         self.out = out or args.out
-        self.device = start(args)
+        self.device = start(args, self.out)
         self.rank = rank()
         self.world = world()
         self.engines = {}                               # name: DeepSpeed engine
-        self.actors = {}                                # id of a model: the copy that decodes for it
-        with writing(self.out, "name another folder", code=2):
-            os.makedirs(self.out, exist_ok=True)
+        self.copies = {}                                # id of a model: the copy that decodes for it
 
     def plan_memory(self, models, rows, length, sampled=0, decode=(0, 0)):
-        """Print what the run will hold, and end it where memory or positions are too few.
-
-        models {role: LM}, the policy first; a backward pass over rows x length tokens, of which `sampled` per
-        row have logits; decode: rows and length of the rollout.
-        """
-        policy = next(iter(models.values()))
-        check_context(policy, decode[1], "--max-prompt-length and --max-new-tokens")
-        check_context(policy, length, "--max-length")
+        """Print what the run will hold, and end it where memory or positions are too few: memory_plan."""
         memory_plan(models, self.args, rows, length, sampled, decode)
 
     def engine(self, name, model, lr, rows, accum=1, decodes=False):
@@ -53,19 +104,31 @@ class Run:
 
         decodes: rollouts will ask for its actor.
         """
-        if decodes:
-            self.actors[id(model)] = actor(model, self.args)
+        if decodes and self.args.zero == 3:             # now, as DeepSpeed will shard the weights
+            self.copies[id(model)] = copy.deepcopy(model).requires_grad_(False).eval()
         self.engines[name] = engine(model, self.args, lr, rows, accum)
         return self.engines[name]
 
     def frozen(self, model):
         """A model that only runs forward: as it is, or at ZeRO-3 sharded over the ranks."""
-        return frozen(model, self.args)
+        if self.args.zero == 3:
+            model = deepspeed.initialize(model=model, config=ds_config(self.args, model, 1))[0]
+        model.eval()
+        return model
 
+    @torch.no_grad()
     def actor(self, model):
-        """The module that rollouts decode with: the model, or at ZeRO-3 a copy that is brought up to date."""
-        refresh(self.actors[id(model)], model)
-        return self.actors[id(model)]
+        """The module that rollouts decode with: the model itself, or at ZeRO-3 a copy, brought up to date.
+
+        There each token would gather all layers again. The copy costs the weights once more per GPU, and
+        lets the ranks stop at different lengths.
+        """
+        actor = self.copies.get(id(model), model)
+        if actor is not model:
+            for own, trained in zip(actor.parameters(), model.parameters(), strict=True):
+                with gathered([trained]):               # one weight at a time
+                    own.copy_(trained)
+        return actor
 
     def set_lr(self, engine, lr):
         """The learning rate of the next update."""
@@ -75,7 +138,7 @@ class Run:
     def resume(self):
         """Load the last checkpoint where --resume asks for it -> what `keep` was given then, or {}."""
         seed(self.args)                                 # again: nothing before the loop may matter
-        self.checkpoints = Checkpoints(self.args, self.out, **self.engines)
+        self.checkpoints = Checkpoints(self.args, self.out, self.engines)
         self.first, state = self.checkpoints.load()
         return state
 
@@ -88,15 +151,27 @@ class Run:
             self.seconds = {}
             self.kept = {}
             yield step
-            self.checkpoints.save(step, **self.kept)
+            self.checkpoints.save(step, self.kept)
 
     def batch(self, n, size, step):
-        """Numbers of this rank's rows in batch `step`: `size` of n rows, in shuffled epochs."""
-        return batch_indices(n, size * self.world, step, self.args.seed)
+        """Numbers of this rank's rows in batch `step`, a function of the step alone: `size` of n rows.
 
+        Shuffled epochs are laid end to end: no row is dropped or repeated.
+        """
+        size = size * self.world                        # of all ranks
+        positions = range(step * size + self.rank, (step + 1) * size, self.world)
+        epochs = {i // n for i in positions}
+        shuffled = {e: np.random.default_rng([self.args.seed, e]).permutation(n) for e in epochs}
+        return [int(shuffled[i // n][i % n]) for i in positions]
+
+    @contextlib.contextmanager
     def phase(self, name):
         """A `with` block whose seconds are logged."""
-        return clock(self.seconds, name)
+        synchronize()
+        begin = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds["sec_" + name] = time.perf_counter() - begin
 
     def log(self, **metrics):
         """Write numbers and the seconds of the phases -> the row, means over the ranks."""
@@ -106,9 +181,8 @@ class Run:
         """What the next checkpoint must hold beside weights, optimizer and random states."""
         self.kept = state
 
-    def sum(self, x):
-        """The sum of a tensor over all ranks."""
-        return all_sum(x)
+    sum = staticmethod(all_sum)                         # of a tensor over all ranks
+    end = staticmethod(finish)                          # after main(), where a stage is a program
 
     def saves_model(self):
         """Whether the model is written after this step, too, and not only at the end."""
@@ -130,13 +204,16 @@ class Run:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
     def show_batch(self, tok, ids, attn, mask, steps):
-        """--dry-run: print the number of steps and the first row of a batch."""
-        show_batch(tok, ids, attn, mask, steps)
-
-    @staticmethod
-    def end():
-        """End the process with all ranks together: after main(), where a stage is a program."""
-        finish()
+        """--dry-run: print the first row of a batch as text, what is trained in [[ ]]."""
+        real = attn[0].bool()
+        trained = F.pad(mask[0], (len(real) - mask.shape[1], 0))[real].tolist()
+        tokens = zip(trained, ids[0][real].tolist(), strict=True)
+        text = ""
+        for is_trained, part in itertools.groupby(tokens, key=lambda token: token[0]):
+            words = tok.decode([token for _, token in part])
+            text += f"[[{words}]]" if is_trained else words
+        self.say(f"{steps} steps. The first of {len(ids)} rows of the first batch, [[trained tokens]]:")
+        self.say(text)
 
     def say(self, line):
         """Print on rank 0."""

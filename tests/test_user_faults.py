@@ -180,11 +180,11 @@ def test_a_reward_model_reads_the_ending_of_its_template():
     turns = [dict(role="user", content=PROMPT), dict(role="assistant", content=text)]
     want = tok.apply_chat_template(turns, return_dict=False)
     assert tok.decode(want).endswith("<|im_end|>\n")
-    assert common.encode_conversation(tok, PROMPT, text) == want
-    cut = common.encode_conversation(tok, PROMPT, text, ended=False)
+    assert label.encode_conversation(tok, PROMPT, text) == want
+    cut = label.encode_conversation(tok, PROMPT, text, ended=False)
     assert cut == common.encode_prompt(tok, PROMPT) + tok(text)["input_ids"] == want[:len(cut)]
     plain = quirky_tokenizer("llama")                   # no template: eos, as before
-    assert common.encode_conversation(plain, PROMPT, text)[-1] == plain.eos_token_id
+    assert label.encode_conversation(plain, PROMPT, text)[-1] == plain.eos_token_id
 
 
 STRICT = ("{% for m in messages %}"

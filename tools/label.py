@@ -45,12 +45,24 @@ def score_with(path):
     context = common.context_length(rm.config)
 
     def score(prompts, responses, ended):
-        rows = [common.encode_conversation(tok, *conversation)[-context:]
+        rows = [encode_conversation(tok, *conversation)[-context:]
                 for conversation in zip(prompts, responses, ended, strict=True)]
         ids, attn, _ = common.frame([[]] * len(rows), rows, rm.device)
         return rm(ids.masked_fill(attn == 0, pad), attention_mask=attn).logits[:, 0].tolist()
 
     return score
+
+
+def encode_conversation(tok, prompt, response, ended=True):
+    """Prompt and answer as the chat template itself renders them: what most reward models were trained on.
+
+    A cut answer ends with its last word, and without a template an answer ends with eos.
+    """
+    if not (tok.chat_template and ended):
+        return common.encode_prompt(tok, prompt) + common.encode_response(tok, response, ended)
+    turns = [*common.as_messages(prompt), dict(role="assistant", content=response)]
+    messages = common.with_only_text(tok, turns)
+    return list(common.encode_messages(tok, messages, add_generation_prompt=False))
 
 
 def keep_whole_batches(path, n, batch_size):
