@@ -4,6 +4,7 @@ import http.server
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
