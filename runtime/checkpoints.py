@@ -97,8 +97,13 @@ def load_adapter(model, tok, folder, made_by):
     for what, fingerprint in needed.items():
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
+    # Adapters of earlier versions: no key for a head on h_t alone, none for a token half that is not scaled
+    sees_token = meta.get("sees_token", False)
+    tied = model.lm.get_input_embeddings().weight is model.lm.get_output_embeddings().weight
+    if sees_token and "token_scale" not in meta and not tied:
+        die(f"{folder}: its head reads the input embedding, as older versions did; train it again: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
-    model.add_head(meta["name"], meta["sees_token"], meta["token_scale"])
+    model.add_head(meta["name"], sees_token, meta.get("token_scale", 1.0 if sees_token else None))
     for key, p in model.adapter_parameters(meta["name"]).items():
         p.requires_grad_(False).copy_(own[key])
     return meta
