@@ -145,7 +145,7 @@ def flags(doc, argv, *stages):
     flag("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
     flag("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     flag("--ds-config", default=DS_CONFIG, help="DeepSpeed's settings")
-    flag("--dry-run", action="store_true", help="print memory, steps, the first batch; then end")
+    flag("--dry-run", action="store_true", help="one step: print its memory and batch, save nothing")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)       # from the launcher
     return p, d
 
@@ -471,9 +471,12 @@ def new_cache(model):
 
 
 def frame_behind_tau(model, tok, tau, prompts, responses, device):
-    """The frame in which the GVM values the responses given tau -> ids, attn (B, P+T), a prefix or None."""
+    """The frame in which responses are valued given tau -> ids, attn (B, P+T), a prefix or None.
+
+    model None: tau stands in front of every row, for a model that is trained.
+    """
     # Read tau once, for forward_in_micro_batches, where the architecture allows that
-    prefix = read_prefix(model, tau, "gvm", "gvm", device)
+    prefix = read_prefix(model, tau, "gvm", "gvm", device) if model else None
     begin = [append_to_prefix(tok, tau, ids) for ids in prompts]        # one bos
     if prefix:
         begin = [ids[len(tau):] for ids in begin]
@@ -844,6 +847,12 @@ def packed_frame(sequences, device="cpu"):
         for _, begin, end in spans:
             row[begin - spans[0][1]:end - spans[0][1]] = True
     return ids, attn, mask
+
+
+def pair_frame(tok, pairs, max_length, device):
+    """B pairs -> the frame of 2 B rows without tau: the chosen answers, then the rejected."""
+    rows = [one_side(pair, side) for side in ("chosen", "rejected") for pair in pairs]
+    return packed_frame([pack(tok, row, [], max_length, 0) for row in rows], device)
 
 
 def append_responses(ids, attn, response, mask):

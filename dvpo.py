@@ -231,7 +231,7 @@ def main(argv=None):
 
     # Tau must not show the answers that it values. Before the first step it comes from a rollout that
     # is not trained on, of the prompts that would follow the last step.
-    if buffer is None and tau_pairs and not args.dry_run:
+    if buffer is None and tau_pairs:
         _, prompts = prompts_of(args.max_steps)
         policy.eval()
         ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device, adapter)
@@ -248,8 +248,6 @@ def main(argv=None):
         T = mask.shape[1]                                           # the longest response
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
-        if args.dry_run:
-            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Log-probs of policy and reference. The micro-batches are those of the update, so that
@@ -307,6 +305,9 @@ def main(argv=None):
                 # Early stop: this epoch moved the policy too far from the one that sampled
                 if common.token_mean(stats[epoch_begin:], "kl_step") > 1.5 * args.kl_stop:
                     break
+
+        if args.dry_run:
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         # 6. Log, save, adapt the KL coefficient
         row = {key: common.token_mean(stats, key) for key in ("loss", "clip_frac", "kl_step")}

@@ -217,28 +217,27 @@ def train_reward_model(args, tok):
     run.plan_memory({"trunk, reward model": model}, 2 * args.rm_batch_size, args.max_length)
     engine = run.engine("rm", model, args.rm_lr, args.rm_batch_size)
 
-    def frame(pairs):
-        """2 B rows: the chosen answers, then the rejected."""
-        rows = [common.one_side(pair, "chosen") for pair in pairs]
-        rows += [common.one_side(pair, "rejected") for pair in pairs]
-        sequences = [common.pack(tok, row, [], args.max_length, 0) for row in rows]
-        return common.packed_frame(sequences, run.device)
+    def score_pairs(pairs):
+        """Scores of the chosen answers and of the rejected, (B,) each, in one pass."""
+        frame = common.pair_frame(tok, pairs, args.max_length, run.device)      # 2 B rows
+        return scores(engine, *frame).chunk(2)
 
     # Scores of the last batches: their moments are the units of the reward
     state = run.resume()
     seen = [x.to(run.device) for x in state.get("seen", [])]        # scores, last 100 batches
-    if args.dry_run:
-        return run.show_batch(tok, *frame(train[:args.rm_batch_size]), steps)
     engine.train()                                                  # dropout in the adapter
     for step in run.steps(steps):
-        # Both answers of a pair go through in one pass
         index = run.batch(len(train), args.rm_batch_size, step)
-        chosen, rejected = scores(engine, *frame([train[i] for i in index])).chunk(2)
+        pairs = [train[i] for i in index]
+        chosen, rejected = score_pairs(pairs)
         loss = pairwise_loss(chosen, rejected)
         # Linear decay to 0
         run.set_lr(engine, args.rm_lr * (1 - step / steps))
         engine.backward(loss)
         engine.step()
+        if args.dry_run:
+            frame = common.pair_frame(tok, pairs, args.max_length, run.device)
+            return run.show_batch(tok, *frame, steps)
         seen = [*seen, torch.cat([chosen, rejected]).detach()][-100:]
         run.log(loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
         run.keep(seen=seen)
@@ -250,8 +249,7 @@ def train_reward_model(args, tok):
         for start in range(0, len(heldout), pairs_per_step):
             # The last pairs wrap around
             index = range(start + run.rank, start + pairs_per_step, run.world)
-            pairs = [heldout[i % len(heldout)] for i in index]
-            chosen, rejected = scores(engine, *frame(pairs)).chunk(2)
+            chosen, rejected = score_pairs([heldout[i % len(heldout)] for i in index])
             new = torch.tensor([i < len(heldout) for i in index], device=run.device)
             right += ((chosen > rejected) & new).sum()
     accuracy = run.sum(right) / len(heldout)
@@ -262,18 +260,9 @@ def train_reward_model(args, tok):
     std = std.clamp(min=0.1)                                        # after few steps scores are 0
     about = {key: getattr(args, key) for key in (*RM_FLAGS, "init_from")}
     about |= dict(mean=mean.item(), std=std.item(), accuracy=accuracy.item())
-    common.save_adapter(model, "rm", tok, args.rm, **about)
+    run.save_adapter(model, "rm", tok, args.rm, **about)
     run.write("eval.json", dict(accuracy=about["accuracy"]))
     run.say(f"reward model: held-out pair accuracy {about['accuracy']:.3f}; wrote {args.rm}")
-
-
-def check_reward_model(args, meta):
-    """Refuse flags of the reward model's training that the one in --rm was not trained with."""
-    for key, asked in args.rm_asked.items():
-        if meta.get(key, asked) != asked:
-            flag = f"--{key.replace('_', '-')}"
-            common.die(f"{flag} {asked}: the reward model in {args.rm} was trained with {meta[key]}; "
-                       "name another --rm, or remove that one to train it anew")
 
 
 @torch.no_grad()
@@ -311,8 +300,7 @@ def main(argv=None):
     if reward is None:
         # Its adapter and head, frozen, and the units of its scores
         made_by = f"rm -r {args.rm}; python ppo_baseline.py"
-        rm = common.load_adapter(trunk, tok, args.rm, made_by)
-        check_reward_model(args, rm)
+        rm = common.load_adapter(trunk, tok, args.rm, made_by, asked=args.rm_asked)
 
     # The policy is a second model, the critic a third. It starts in units of standardised rewards.
     model = common.load_model(args.init_from, args)
@@ -322,9 +310,7 @@ def main(argv=None):
     if args.critic_from == "gvm":
         # Its rewards are raw, those of RL standardised
         made_by = f"python train_gvm.py --model {args.model}"
-        gvm = common.load_adapter(trunk, tok, args.gvm, made_by)
-        if "reward_mean" not in gvm:
-            common.die(f"--gvm {args.gvm}: does not say what its rewards were; train it again")
+        gvm = common.load_adapter(trunk, tok, args.gvm, made_by, needs=("reward_mean",))
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
         start_critic(critic_model, trunk, "gvm", *unit)
         # It reads tau in front of every row
@@ -367,7 +353,7 @@ def main(argv=None):
 
     # A critic from the GVM reads a tau, as in dvpo.py: before the first step of a rollout that is not
     # trained on.
-    if buffer is None and args.critic_from == "gvm" and not args.dry_run:
+    if buffer is None and args.critic_from == "gvm":
         _, prompts = prompts_of(args.max_steps)
         policy.eval()
         ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device)
@@ -385,8 +371,6 @@ def main(argv=None):
         T = mask.shape[1]                                           # the longest response
         responses = common.unpad(ids, mask)
         texts = [tok.decode(r, skip_special_tokens=True) for r in responses]
-        if args.dry_run:
-            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Log-probs of policy and reference. The micro-batches are those of the update, so that
@@ -399,15 +383,17 @@ def main(argv=None):
             ref_logp = common.forward_in_micro_batches(trunk, *frame, **sampling)       # (B, T)
 
             # 3. Value of the critic before each token, and the reward of the whole response
-            seen_by_critic = (ids, attn)
+            critic_ids = ids
+            critic_attn = attn
             if args.critic_from == "gvm":
                 rng = np.random.default_rng([args.seed, step, run.rank])
                 tau, _ = common.draw_tau(
                     tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
-                behind_tau = [common.append_to_prefix(tok, tau, p) for p in prompts]    # one bos
-                seen_by_critic = common.frame(behind_tau, responses, device)[:2]
+                # In front of every row, since the critic is trained
+                critic_ids, critic_attn, _ = common.frame_behind_tau(
+                    None, tok, tau, prompts, responses, device)
                 buffer = (prompts, responses)
-            critic_frame = (*seen_by_critic, T, order, args.mini_batch_size)
+            critic_frame = (critic_ids, critic_attn, T, order, args.mini_batch_size)
             values = common.forward_in_micro_batches(critic, *critic_frame, head="critic")
             values = values[:, :-1]                                                     # (B, T)
             if reward:
@@ -465,8 +451,7 @@ def main(argv=None):
                         # The critic, a second model with an optimizer of its own
                         v = values[m]
                         if not args.freeze_critic:
-                            v = critic(*(x[m] for x in seen_by_critic), T, head="critic")
-                            v = v[:, :-1]
+                            v = critic(critic_ids[m], critic_attn[m], T, head="critic")[:, :-1]
                         v_loss = value_loss(v, values[m], returns[m], mask[m], args.clip)
                         if not args.freeze_critic:
                             critic.backward(v_loss * share * scale)
@@ -477,6 +462,9 @@ def main(argv=None):
                 # Early stop: this epoch moved the policy too far from the one that sampled
                 if common.token_mean(stats[epoch_begin:], "kl_step") > 1.5 * args.kl_stop:
                     break
+
+        if args.dry_run:
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         # 6. Log, save, adapt the KL coefficient
         keys = ("loss", "value_loss", "clip_frac", "kl_step")

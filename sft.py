@@ -149,8 +149,6 @@ def main(argv=None):
         ids, attn, mask = common.packed_frame(sequences, run.device)        # (B, P+T), (B, T)
         order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
         ids, attn, mask = (x[order] for x in (ids, attn, mask))
-        if args.dry_run:
-            return run.show_batch(tok, ids, attn, mask, steps)
         n_tokens = run.sum(mask.sum())                       # of all ranks
 
         # 2. Update: the mean over the tokens of all passes and ranks, which DeepSpeed divides by
@@ -163,6 +161,9 @@ def main(argv=None):
             policy.backward(loss_m * args.grad_accum * run.world)
             policy.step()
             loss += loss_m.detach()                          # the sum over passes is the mean
+
+        if args.dry_run:
+            return run.show_batch(tok, ids, attn, mask, steps)
 
         # 3. Log
         run.log(loss=loss * run.world, lr=lr, tokens=n_tokens)

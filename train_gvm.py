@@ -40,7 +40,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 
 import numpy as np
 import torch
@@ -395,8 +394,6 @@ def main(argv=None):
         if not args.batch_norm:
             sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask, states, score = training_frame(sequences, device)      # states (B, T+1)
-        if args.dry_run:
-            return run.show_batch(tok, ids, attn, mask, steps)
         n_states = run.sum(states.sum())                        # of all ranks
 
         # 2. Update: squared TD errors, eq. (1), a mean over the states of all passes and ranks, which
@@ -413,6 +410,9 @@ def main(argv=None):
             loss += loss_m.detach()                             # the sum over passes is the mean
             q.append(q_m.detach())
 
+        if args.dry_run:
+            return run.show_batch(tok, ids, attn, mask, steps)
+
         # 3. Moments of Q over response tokens, a mean of about the last five updates: dvpo.py divides by
         #    no smaller sigma. Log
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
@@ -428,7 +428,7 @@ def main(argv=None):
     about = {key: getattr(args, key) for key in keys}
     about |= dict(missing_eos_penalty=penalty, q_mean=q_mean, q_std=q_std,
                   reward_mean=float(np.mean(rewards)), reward_std=float(np.std(rewards)))
-    common.save_adapter(gvm, "gvm", tok, os.path.join(args.out, "model"), **about)
+    run.save_adapter(gvm, "gvm", tok, f"{args.out}/model", **about)
     evaluate(run, engine, tok, heldout)
 
 

@@ -217,8 +217,6 @@ def main(argv=None):
         ids, attn, mask, ended = rolled_out
         T = mask.shape[1]                                           # tokens of the longest
         texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
-        if args.dry_run:
-            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         with run.phase("score"), torch.no_grad():
             # 2. Reward of each response as a whole, from the reward model or a function
@@ -282,6 +280,9 @@ def main(argv=None):
                         policy.backward(loss * scale)
                         policy.step()
                         stats.append(dict(stat, loss=loss.detach(), n=mask[m].sum()))
+
+        if args.dry_run:
+            return run.show_batch(tok, ids, attn, mask, args.max_steps)
 
         # 6. Log, adapt the KL coefficient
         row = dict(greedy_score=greedy_score.mean()) if n_greedy else dict(no_signal=no_signal)

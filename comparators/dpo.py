@@ -63,16 +63,9 @@ def dpo_loss(logp, ref_logp, beta):
     return -F.logsigmoid(margin).mean(), accuracy, margin.detach().mean()
 
 
-def frame(run, tok, pairs):
-    """B pairs -> the frame of 2 B rows, the chosen responses first."""
-    rows = [common.one_side(pair, side) for side in ("chosen", "rejected") for pair in pairs]
-    packed = [common.pack(tok, row, [], run.args.max_length, 0) for row in rows]    # no tau
-    return common.packed_frame(packed, run.device)
-
-
 def pair_logp(run, policy, tok, pairs, adapter):
     """log pi(y | x) of chosen and rejected, sums over the tokens: (2, B); number of tokens."""
-    ids, attn, mask = frame(run, tok, pairs)
+    ids, attn, mask = common.pair_frame(tok, pairs, run.args.max_length, run.device)
     logp = policy(ids, attn, mask.shape[1], adapter)    # (2 B, T)
     return (logp * mask).sum(1).view(2, -1), mask.sum()
 
@@ -112,8 +105,9 @@ def main(argv=None):
     policy = run.engine("policy", model, args.lr, B, args.grad_accum, decodes=True)
     pairs_per_step = args.batch_size * run.world
     steps = args.max_steps or math.ceil(args.epochs * len(train) / pairs_per_step)
-    if args.dry_run:
-        return run.show_batch(tok, *frame(run, tok, train[:B]), steps)
+    if args.dry_run:                                    # the pairs of one step are enough
+        train = train[:pairs_per_step]
+        heldout_pairs = heldout_pairs[:B]
 
     # The reference's log-probs are those of the untrained policy: an adapter is zero at first.
     policy.eval()
@@ -136,6 +130,10 @@ def main(argv=None):
             policy.step()
             stats.append([loss.detach(), accuracy, margin, *logp.detach().mean(1)])
             n_tokens += tokens
+
+        if args.dry_run:
+            frame = common.pair_frame(tok, pairs, args.max_length, run.device)
+            return run.show_batch(tok, *frame, steps)
 
         # 2. Log. Both log-probs fall: only their difference is trained.
         names = ("loss", "accuracy", "margin", "logp_chosen", "logp_rejected")

@@ -86,8 +86,12 @@ def save_adapter(model, name, tok, folder, **meta):
             pathlib.Path(tmp, "adapter.json").write_text(json.dumps(about, indent=1))
 
 
-def load_adapter(model, tok, folder, made_by):
-    """Put a saved adapter and its head, frozen, on `model` -> its meta data. Refuses one of another trunk."""
+def load_adapter(model, tok, folder, made_by, asked=None, needs=()):
+    """Put a saved adapter and its head, frozen, on `model` -> its meta data.
+
+    Refuses one of another trunk or tokenizer, one that was trained with other flags than `asked`, a dict, and
+    one whose meta data lacks a key of `needs`.
+    """
     try:
         meta = json.loads(pathlib.Path(folder, "adapter.json").read_text())
         own = load_file(os.path.join(folder, "adapter.safetensors"))
@@ -97,6 +101,12 @@ def load_adapter(model, tok, folder, made_by):
     for what, fingerprint in needed.items():
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
+    for key, value in (asked or {}).items():
+        if meta.get(key, value) != value:
+            flag = f"--{key.replace('_', '-')} {value}"
+            die(f"{flag}: {folder} was trained with {meta[key]}; name another folder, or first {made_by}")
+    if missing := set(needs) - set(meta):
+        die(f"{folder}: does not say its {', '.join(missing)}; train it again: {made_by}")
     # Adapters of earlier versions: no key for a head on h_t alone, none for a token half that is not scaled
     sees_token = meta.get("sees_token", False)
     tied = model.lm.get_input_embeddings().weight is model.lm.get_output_embeddings().weight

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime.checkpoints import Checkpoints, save_model
+from runtime.checkpoints import Checkpoints, save_adapter, save_model
 from runtime.memory import memory_plan
-from runtime.metrics import Metrics, synchronize
+from runtime.metrics import Metrics, peak_bytes, synchronize
 from runtime.processes import (
     CUDA,
     all_sum,
@@ -192,6 +192,10 @@ class Run:
         """Write OUT/model, a transformers folder, with the adapter merged."""
         save_model(model, tok, os.path.join(self.out, "model"), adapter)
 
+    def save_adapter(self, model, name, tok, folder, **about):
+        """Write adapter and head of that name, and what must be known of them, to a folder."""
+        save_adapter(model, name, tok, folder, **about)
+
     def write(self, name, value):
         """Write OUT/name as JSON."""
         write_json(os.path.join(self.out, name), value)
@@ -204,7 +208,7 @@ class Run:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
 
     def show_batch(self, tok, ids, attn, mask, steps):
-        """--dry-run: print the first row of a batch as text, what is trained in [[ ]]."""
+        """--dry-run, after one step: its peak memory, and its first row as text, what is trained in [[ ]]."""
         real = attn[0].bool()
         trained = F.pad(mask[0], (len(real) - mask.shape[1], 0))[real].tolist()
         tokens = zip(trained, ids[0][real].tolist(), strict=True)
@@ -212,6 +216,7 @@ class Run:
         for is_trained, part in itertools.groupby(tokens, key=lambda token: token[0]):
             words = tok.decode([token for _, token in part])
             text += f"[[{words}]]" if is_trained else words
+        self.say(f"peak memory of one step: {peak_bytes() / 2**20:,.0f} MB")
         self.say(f"{steps} steps. The first of {len(ids)} rows of the first batch, [[trained tokens]]:")
         self.say(text)
 

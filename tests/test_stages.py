@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from unittest import mock
 
 import pytest
@@ -155,7 +156,8 @@ def test_dry_run():
                         (ppo_baseline, (*rl, *pairs, "--rm", path("no_rm/model"), *dry))):
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
             stage.main([*argv, "--dry-run"])
-        text = said.getvalue().splitlines()[-1]
+        *_, peak, _, text = said.getvalue().splitlines()
+        assert re.fullmatch(r"peak memory of one step: \d[\d,]* MB", peak), peak
         parts = text.replace("]]", "[[").split("[[")                # prompt, trained, prompt, trained, ...
         assert parts[0].startswith("<bos> <user> review") and parts[0].endswith("<assistant>"), text
         assert len(parts) >= 3 and not any("<user>" in part for part in parts[1::2]), text
