@@ -84,8 +84,7 @@ $(S)/ppo/summary.json:
 	$(PY) ppo_baseline.py $(SMOLLM2) --pairs $(S)/personas_pairs.jsonl $(S)/own_pairs.jsonl \
 		--pairs-heldout $(S)/heldout_pairs.jsonl >> $(S)/ppo.log 2>&1
 
-test: .venv/ready       ## the smoke test, then all tests
-	$(PY) test_smoke.py
+test: .venv/ready       ## all tests, the smoke test among them
 	$(PY) -m pytest -n 2 tests
 
 lint: .venv/ready       ## ruff, and how dense the code is

@@ -60,6 +60,7 @@ def test_td_targets():
     q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
     score = torch.tensor([[nan, nan, nan, 1.0], [nan, -1.0, nan, 2.0]])     # two responses in the second row
     close(train_gvm.td_targets(q, score, 1.0, 0.0), [[0.2, 0.3, 0.4, 1.0], [2.0, -1.0, 4.0, 2.0]])
+    close(train_gvm.td_targets(q, score, 1.0, 1.0), [[1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, 2.0, 2.0]])
     close(train_gvm.td_targets(q, score, 0.9, 1.0), [[0.729, 0.81, 0.9, 1.0], [-0.9, -1.0, 1.8, 2.0]])
     # gamma 0.5, lambda 0.5: 1; .5 (.5 x .4 + .5 x 1) = .35; .5 (.5 x .3 + .5 x .35) = .1625; ...
     close(train_gvm.td_targets(q, score, 0.5, 0.5), [[0.090625, 0.1625, 0.35, 1.0], [0.25, -1.0, 1.5, 2.0]])
@@ -70,6 +71,9 @@ def test_batch_norm():
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()             # mean 4, variance (9 + 1 + 1 + 9) / 4 = 5
     s = math.sqrt(5)
     close(train_gvm.batch_norm(x, mask, eps=0.0), [[-3 / s, -1 / s, 0], [1 / s, 3 / s, 0]])
+    one = torch.tensor([[True, False, False], [False, False, False]])
+    close(train_gvm.batch_norm(x, one), torch.zeros(2, 3))         # a single token is its own mean
+    close(train_gvm.batch_norm(torch.full((2, 3), 7.0), mask), torch.zeros(2, 3))       # no blow-up
 
 
 def test_advantage():
@@ -82,6 +86,8 @@ def test_advantage():
     d = math.sqrt(6.5 / 3)
     close(dvpo.advantage(q, mask, "delta", 0.0), [[-0.5 / d, 2 / d], [-1.5 / d, 0]])
     close(dvpo.advantage(q, mask, "delta", 2.0), [[-0.25, 1.0], [-0.75, 0]])
+    too_low = q - torch.tensor([5.0, 0.0, 0.0])                    # V(s_0) of every prompt: no length pays
+    close(dvpo.advantage(too_low, mask, "delta", 2.0), [[-0.25, 1.0], [-0.75, 0]])
 
 
 def test_clipped_ppo_loss():
@@ -93,6 +99,8 @@ def test_clipped_ppo_loss():
     loss, stats = dvpo.clipped_ppo_loss(logp, torch.zeros(2, 3), adv, mask, 0.2)
     close(loss.detach(), -0.1)
     close(stats["clip_frac"], 0.8)
+    close(stats["ratio"], (1.1 + 1.5 + 0.5 + 1.5 + 0.5) / 5)
+    close(stats["kl_step"], sum(r - 1 - math.log(r) for r in (1.1, 1.5, 0.5, 1.5, 0.5)) / 5)
     loss.backward()
     close(logp.grad, [[-1.1 / 5, 0, -0.5 / 5], [1.5 / 5, 0, 0]])  # none beyond the clip on the gaining side
 
@@ -105,6 +113,7 @@ def test_gae_and_pairwise_loss():
     adv, returns = ppo_baseline.gae(rewards, values, mask, 1.0, 0.95)
     close(adv, [[0.46575, 0.385, 0.3], [0.95, 1.0, 0]])
     close(returns, [[0.96575, 0.985, 1.0], [1.95, 2.0, 0]])
+    close(ppo_baseline.gae(rewards, values, mask, 0.5, 0.0)[0], [[-0.2, -0.25, 0.3], [-0.5, 1.0, 0]])
     loss = ppo_baseline.pairwise_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
     close(loss, (math.log(1 + math.exp(-1)) + math.log(2)) / 2)
 

@@ -102,7 +102,7 @@ def path(*parts):
 
 
 def world():
-    """Data, SFT model and two GVMs in path(): built once, in about a minute, then linked by workers."""
+    """Data, SFT model and GVM in path(): built once, in under a minute, then linked by workers."""
     if os.path.exists(path("gvm")):
         return
     built = os.path.join(SHARED, "world")
@@ -127,11 +127,9 @@ def build_world():
         path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
         "--max-steps", 400)
     run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 300, "--tau-pairs", 1, "--batch-size", 48)
-    run(train_gvm, *GVM, "--out", path("gvm0"), "--max-steps", 400, "--tau-pairs", 0, "--batch-size", 64,
-        "--plain-head")
 
 
-WORLD = "toy", "sft", "gvm", "gvm0"
+WORLD = "toy", "sft", "gvm"
 GVM = ("--init-from", path("sft/model"), "--data", path("toy/gvm.jsonl"), "--heldout",
        path("toy/gvm_heldout.jsonl"))
 

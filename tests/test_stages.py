@@ -21,27 +21,21 @@ def read_json(name):
         return json.load(f)
 
 
-def test_chain_and_learning():
-    """SFT -> GVM -> DVPO: tau matters, the first ratio is 1, nothing frozen moves, the gold reward rises."""
+def test_chain():
+    """SFT -> GVM -> DVPO: tau matters, and a run leaves what it should. That it learns: test_smoke.py."""
     world()
     result = read_json("gvm/eval.json")
     by_policy = result["policies"]
     assert by_policy["expert"]["v0"] > by_policy["poor"]["v0"] + 0.3, by_policy     # tau matters
     assert result["accuracy"]["mean"] > 0.75 and result["true_q"]["correlation"] > 0.55, result
-    frozen = path("gvm0/model"), path("sft/model")
-    before = [weights(folder) for folder in frozen]
-    rows = run(dvpo, *RL, "--gvm", path("gvm0/model"), "--out", path("dvpo"), "--max-steps", 25)
-    for old, folder in zip(before, frozen, strict=True):
-        new = weights(folder)
-        assert all(torch.equal(old[k], new[k]) for k in old)
+    before = weights(path("sft/model"))
+    rows = run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("dvpo"), "--max-steps", 3)
     assert all(row["ratio_first"] == 1.0 for row in rows)
-    assert [row["step"] for row in rows] == list(range(25))
+    assert [row["step"] for row in rows] == list(range(3))
     need = ("step loss gold kl kl_coef q_mean adv_std clip_frac ratio_first ended length sec_generate "
             "sec_score sec_train tokens peak_bytes")
     assert set(need.split()) <= set(rows[0])
-    first, last = (read_json(f"{stage}/summary.json")["gold"] for stage in ("sft", "dvpo"))
-    assert last > first + 0.15, (first, last)           # 256 responses each
-    assert any(not torch.equal(v, before[1][k]) for k, v in weights(path("dvpo/model")).items())
+    assert any(not torch.equal(v, before[k]) for k, v in weights(path("dvpo/model")).items())
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(path("dvpo/model"))        # a plain transformers folder
@@ -65,8 +59,7 @@ def test_ppo_chain():
     assert all(r["ratio_first"] == 1.0 for r in rows) and rows[0]["kl"] == 0.0
     assert read_json("rm/model/adapter.json")["accuracy"] > 0.75
     rows = run(ppo_baseline, *RL, "--reward", os.path.join(HERE, "data/toy.py:gold_reward"), "--out",
-               path("ppo_fn"), "--max-steps", 25, "--lr", 3e-4)
-    assert read_json("ppo_fn/summary.json")["gold"] > read_json("sft/summary.json")["gold"] + 0.15
+               path("ppo_fn"), "--max-steps", 2)
     close(rows[0]["score"], rows[0]["gold"])            # the function replaces the reward model
 
 
@@ -168,11 +161,15 @@ def test_dry_run():
 
 
 def test_rows_without_names_make_a_gvm_without_tau():
+    """And dvpo.py uses none; with the paper's head."""
     world()
     with open(path("toy/gvm_small.jsonl")) as f:
         rows = [json.loads(line) for line in f]
     with open(path("unnamed.jsonl"), "w") as f:
         f.writelines(json.dumps({k: v for k, v in row.items() if k != "policy"}) + "\n" for row in rows)
     run(train_gvm, *GVM[:2], "--data", path("unnamed.jsonl"), "--heldout", path("unnamed.jsonl"), "--out",
-        path("unnamed"), "--max-steps", 1)
-    assert read_json("unnamed/model/adapter.json")["tau_pairs"] == 0
+        path("unnamed"), "--max-steps", 1, "--plain-head")
+    about = read_json("unnamed/model/adapter.json")
+    assert about["tau_pairs"] == 0 and about["sees_token"] is False
+    row, = run(dvpo, *RL, "--gvm", path("unnamed/model"), "--out", path("unnamed_dvpo"), "--max-steps", 1)
+    assert row["tau_pairs"] == row["tau_tokens"] == 0 and row["ratio_first"] == 1.0

@@ -165,7 +165,8 @@ def test_card(monkeypatch):
     monkeypatch.chdir(HERE)
     for name in common.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    made = f"--init-from {path('sft/model')} --gvm {path('gvm/model')} --max-steps 2 --save-every 1"
+    made = f"--init-from {path('sft/model')} --gvm {path('gvm/model')} --max-steps 2 --save-every 1 "
+    made += "--batch-size 16 --mini-batch-size 16 --max-new-tokens 8"
     few = dict(FIRST={}, THEN=dict(dvpo=f"{card.DVPO} {made}"), RESUMED=["dvpo"], STEPS=2,
                FOLDER=path("card_toy"), LIMIT=float("inf"))
     args = argparse.Namespace(shape="tiny", prompt=16, new=8, batch_size=4, rounds=1, methods=["lora", "ppo"])
