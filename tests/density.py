@@ -15,10 +15,10 @@ WIDE = 95                                               # columns
 # Most code lines that are wide, in percent; most tuple assignments (a, b = x, y) in 100 code lines; least
 # comment lines in 100; most names of common
 LIMITS = {
-    "sft.py": (10, 1, 8, 25), "train_gvm.py": (10, 2, 8, 25), "dvpo.py": (10, 1, 15, 25),
-    "ppo_baseline.py": (10, 1, 10, 30), "common.py": (10, 3, 9, None),
+    "sft.py": (10, 1, 25, 25), "train_gvm.py": (10, 1, 25, 25), "dvpo.py": (10, 1, 25, 25),
+    "ppo_baseline.py": (10, 1, 25, 25), "common.py": (10, 1, 14, None),
 }
-ALL = 9900                                              # lines without tests
+ALL = 6800                                              # lines without tests
 README = 160, 11_000                                    # lines, bytes
 
 
