@@ -76,11 +76,13 @@ def parse_args(argv=None):
     flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
     flag("--group-size", type=int, default=1 if own.baseline == "greedy" else 8,
          help="sampled responses per prompt (GRPO's paper 64)")
-    flag("--baseline", choices=("mean", "loo", "greedy"), default=own.baseline, help="above")
-    flag("--scale", choices=("std", "none"), default=own.scale, help="divides the advantage")
-    flag("--loss-mean", choices=("response", "token"), default=own.loss_mean, help="above")
+    flag("--baseline", choices=("mean", "loo", "greedy"), default=own.baseline,
+         help="reward of the whole group, of the others in it, of the greedy response")
+    flag("--scale", choices=("std", "none"), default=own.scale, help="of the advantage")
+    flag("--loss-mean", choices=("response", "token"), default=own.loss_mean,
+         help="which of them have equal weights")
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy")
-    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="tokens")
+    flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="in tokens")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
     flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
