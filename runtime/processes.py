@@ -70,8 +70,8 @@ def start(args, out):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        values = ("0", "0", "1", "127.0.0.1", str(port))
-        os.environ |= dict(zip(LAUNCHER_VARIABLES, values, strict=True))
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=str(port))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)

@@ -140,8 +140,8 @@ def prompt_text(prompt):
     if not isinstance(prompt, list):
         return prompt
     for message in prompt:
-        role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        is_message = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not is_message or message.get("role") not in ("system", "user", "assistant"):
             raise ValueError("messages must be {role, content}: the role system, user or assistant, and text")
     if "user" not in [message["role"] for message in prompt]:
         raise ValueError("messages need a turn of the user")

@@ -131,7 +131,6 @@ class Run:
         return actor
 
     def set_lr(self, engine, lr):
-        """The learning rate of the next update."""
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
 
@@ -197,7 +196,6 @@ class Run:
         save_adapter(model, name, tok, folder, **about)
 
     def write(self, name, value):
-        """Write OUT/name as JSON."""
         write_json(os.path.join(self.out, name), value)
 
     def write_lines(self, name, rows):
@@ -221,6 +219,5 @@ class Run:
         self.say(text)
 
     def say(self, line):
-        """Print on rank 0."""
         if self.rank == 0:
             print(line)
