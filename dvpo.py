@@ -70,7 +70,7 @@ def parse_args(argv=None):
          help="tokens; the middle of a longer prompt is cut")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens,
          help="tokens of a response at most (paper 1024)")
-    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--temperature", type=float, default=d.temperature, help="for sampling and scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
     # Value, advantage, loss

@@ -51,10 +51,10 @@ def parse_args(argv=None):
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
     flag("--rm", default=f"{d.out}/rm/model", help="reward model; trained first if not there")
     flag("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
-    flag("--critic-from", choices=("rm", "gvm"), default="rm", help="the critic starts from it")
+    flag("--critic-from", choices=("rm", "gvm"), default="rm", help="what the critic starts from")
     flag("--freeze-critic", action="store_true", help="leave the critic as it starts")
     flag("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
-    flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
+    flag("--gold", default=d.reward, help="function as in --reward, logged and not trained on")
     flag("--out", default=f"{d.out}/ppo", help="folder to write")
     # Size: a step is one batch of rollouts and several updates on it
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
@@ -75,7 +75,7 @@ def parse_args(argv=None):
          help="tokens; the middle of a longer prompt is cut")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens,
          help="tokens of a response at most (paper 1024)")
-    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--temperature", type=float, default=d.temperature, help="for sampling and scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
     # Advantage, loss

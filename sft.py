@@ -38,12 +38,12 @@ def parse_args(argv=None):
     flag("--batch-size", type=int, default=d.batch_size, help="rows per update and GPU (paper 16)")
     flag("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     flag("--epochs", type=float, default=d.epochs, help="passes over the data (paper 3)")
-    flag("--warmup-steps", type=int, default=d.warmup_steps, help="of linear warm-up (paper 2)")
+    flag("--warmup-steps", type=int, default=d.warmup_steps, help="linear warm-up steps (paper 2)")
     flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     # What a row may look like
     flag("--max-length", type=int, default=d.max_length, help="tokens; prompts get half at most")
     flag("--pack", type=int, default=0, help="rows of the same policy put before each one")
-    flag("--tau-length", type=int, default=d.tau_length, help="--pack: of each answer in front")
+    flag("--tau-length", type=int, default=d.tau_length, help="--pack: tokens per earlier answer")
     # Samples at the end
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
     flag("--reward", default=d.reward,

@@ -27,7 +27,7 @@ Deviations from the paper
 4. Answers in tau are cut to --tau-length tokens, where their reward then stands, and tau and prompt get half
    of --max-length. That is 2,048, the paper's 1,024: RL must not reach a position that was not trained.
 5. The head sees the token beside the state. The paper's, --plain-head, hardly sees rare mistakes.
-6. The learning rate is 1e-4. At the paper's 2e-6 the values of SmolLM2 hardly left 0 in half an epoch.
+6. The learning rate is 1e-4. At the paper's 2e-6 the values of SmolLM2 hardly left 0 in 103 updates.
 
     python train_gvm.py                                         the toy, on a CPU
     python train_gvm.py --model llama3-3b                       one GPU
@@ -64,10 +64,10 @@ def parse_args(argv=None):
     flag("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update")
     flag("--epochs", type=float, default=d.epochs, help="passes over the data (paper: not given)")
     flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
-    flag("--max-length", type=int, default=d.max_length, help="half is the response's (paper 1024)")
+    flag("--max-length", type=int, default=d.max_length, help="tokens; half for the response (paper 1024)")
     # Target and loss
     flag("--missing-eos-penalty", type=float, default=1.0,
-         help="off the reward of an answer that was cut, in standard deviations of the rewards")
+         help="lowers the reward of a truncated answer, in standard deviations of the rewards")
     flag("--td-lambda", type=float, default=0.95, help="0: eq. (1); 1: Monte Carlo (paper 0)")
     flag("--gamma", type=float, default=1.0, help="discount per token (paper: not given)")
     flag("--batch-norm", action=argparse.BooleanOptionalAction, default=False,
@@ -75,14 +75,14 @@ def parse_args(argv=None):
     # Head, tau, adapter
     flag("--plain-head", action="store_true", help="the head reads h_t alone (paper: yes)")
     flag("--tau-pairs", type=int, help=f"most pairs in tau (default: {d.tau_pairs} or --gvm's)")
-    flag("--tau-length", type=int, default=d.tau_length, help="of each answer in tau (paper: all)")
+    flag("--tau-length", type=int, default=d.tau_length, help="tokens per answer in tau (paper: all)")
     flag("--lora-rank", type=int, default=d.lora_rank, help="rank of the adapter (paper 8)")
     flag("--lora-alpha", type=float, default=d.lora_alpha, help="scale times rank (paper 32)")
     flag("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
     # What is measured, and what is done in place of training
     flag("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> value")
     flag("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
-    flag("--min-gap", type=float, default=0.0, help="table 4: least gap of rewards")
+    flag("--min-gap", type=float, default=0.0, help="table 4: skip pairs closer than this")
     flag("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
     flag("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
     args = common.parse(p, argv)

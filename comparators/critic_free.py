@@ -84,10 +84,10 @@ def parse_args(argv=None):
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy")
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="in tokens")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
-    flag("--temperature", type=float, default=d.temperature, help="of sampling and of scoring")
+    flag("--temperature", type=float, default=d.temperature, help="for sampling and scoring")
     flag("--static-cache", action=argparse.BooleanOptionalAction, default=d.cuda,
          help="roll out with compiled blocks and CUDA graphs, for speed")
-    flag("--missing-eos-penalty", type=float, default=1.0, help="of a response without end")
+    flag("--missing-eos-penalty", type=float, default=1.0, help="for a truncated response")
     flag("--kl-coef", type=float, default=d.kl_coef, help="KL coefficient (GRPO's paper 0.04)")
     flag("--kl-target", type=float, default=0.0, help="as in dvpo.py; 0: constant (papers)")
     flag("--lora", action="store_true",

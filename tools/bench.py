@@ -2,7 +2,7 @@
 
     python tools/bench.py               124M on a CPU: PPO, DVPO and DVPO --lora, in turns
     python tools/bench.py --decode      the rollout against transformers' generate
-    python tools/bench.py --card        all that one CUDA machine should say: card.py
+    python tools/bench.py --card        all measurements on a CUDA machine: card.py
 
 The stages run as they are, each in a process of its own. They take turns step by step, so that
 a machine which slows down slows all. The first step of each is dropped; medians over --rounds.
@@ -288,7 +288,7 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=8, help="rows of a rollout (paper)")
     p.add_argument("--rounds", type=int, default=5, help="steps of each method that count")
     p.add_argument("--decode", action="store_true", help="the rollout alone")
-    p.add_argument("--card", action="store_true", help="everything about this CUDA machine")
+    p.add_argument("--card", action="store_true", help="all measurements on a CUDA machine")
     to = f"results/bench_{'gpu' if CUDA else 'cpu'}.json"
     p.add_argument("--to", type=pathlib.Path, default=to, help="where results go")
     if "--card" in words:
