@@ -1,12 +1,15 @@
 """What a reader of the algorithm needs beside the stages: presets, LoRA, model, log-probs, decoder, tokens.
 
-One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens (right-padded), V words:
+One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens
+(right-padded), a vocabulary of V tokens:
 
     position   0 .. P-1   P    P+1  ...  P+T-1
     token      prompt     a_0  a_1  ...  a_{T-1}       (the last one may be <eos>; it counts)
 
-What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` (B, P+T) is 1 on real tokens,
-`mask` (B, T) is True from a_0 to the first <eos>; both are built from lengths, and token 0 fills the rest.
+What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` (B, P+T) is 1 on real
+tokens. `mask` (B, T) is True from a_0 to the first <eos>. In a packed row (see `pack`) the frame begins
+at the first response; mask is True on all responses and False on the prompts between them. Both are
+built from lengths, and token 0 fills the rest.
 """
 import argparse
 import contextlib
@@ -52,8 +55,8 @@ DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.
 # --------------------------------------------------------------------------------------------
 # Presets and flags
 
-# Appendix A's hyper-parameters. At its learning rate for the GVM, 2e-6, values stay near 0
-
+# Appendix A's hyper-parameters where it gives them. Ours are the GVM's lr (at the paper's 2e-6
+# its values stay near 0) and max_length, and in RL kl_target, max_steps and advantage
 PAPER = {
     "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024,
                 max_new_tokens=1024, grad_accum=8, save_every=500),
@@ -114,8 +117,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def flags(doc, argv, *stages):
-    """-> the parser with the flags of every stage, and the defaults of the --model that argv names."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help, add_help=False)
+    """-> a parser with the flags that all stages share, and the defaults of argv's --model."""
+    # No abbreviations: ppo_baseline.py looks for the full names on the command line
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=Help, add_help=False, allow_abbrev=False)
     flag = p.add_argument
     presets = ", ".join(PRESETS)
     flag("--model", default="tiny", help=f"preset ({presets}), hub id or local folder")
@@ -131,8 +136,8 @@ def flags(doc, argv, *stages):
     # The defaults must fit into the model's positions: a quarter for the prompt, half for the answer,
     # the rest for tau
     context = positions(d.id)
-    for key, share in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):
-        most = context // share
+    for key, divisor in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):
+        most = context // divisor
         if vars(d).get(key, 0) > most:
             setattr(d, key, most)
             say(f"{d.id} has {context} positions: {key} is {most}")
@@ -175,10 +180,12 @@ def parse(p, argv):
 
 
 class Fp32Linear(nn.Linear):
-    """Linear map with fp32 weights, also beside a bf16 trunk."""
+    """A linear map that computes in the dtype of its input and keeps its weights in fp32.
+
+    bf16 weights would have bf16 gradients, which lose digits as they are accumulated.
+    """
 
     def forward(self, x):
-        # In bf16 the weights would round the accumulated gradient
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -233,8 +240,8 @@ class Head(nn.Linear):
     """Scalar head in fp32, whatever the trunk's dtype."""
 
     def forward(self, h):
-        # bf16 would round away Q's steps from token to token. A critic's weights are in bf16, as DeepSpeed
-        # casts whole models
+        # bf16 would round away the steps of Q from token to token. The weights are cast, too,
+        # for the critic: it is trained whole, and DeepSpeed holds it in bf16
         return F.linear(h.float(), self.weight.float(), self.bias.float())
 
 
@@ -379,6 +386,7 @@ class LM(nn.Module):
         # Values: a head on the hidden state, or on what add_head(sees_token=True) says
         if head is not None:
             head = self.heads[head]
+            # One state more on the left where the head also reads h_{t-1}
             h = self.hidden(ids, attn, T + head.sees_token, cache)
             if head.sees_token:
                 token = self.token_embedding(ids[:, -T - 1:]).detach() * head.token_scale
@@ -435,11 +443,14 @@ def token_logp(hidden, targets, logits, temperature=1.0, sharded=False):
     return torch.cat(list(map(logp, hidden.tensor_split(n), targets.tensor_split(n))))
 
 
-def forward_in_micro_batches(model, ids, attn, T, order, size, prefix=None, **kwargs):
-    """model's forward on `size` rows at a time, in this order -> (B, ...) in the rows' own order."""
+def forward_in_micro_batches(model, ids, attn, T, order, size, prefix_cache=None, **kwargs):
+    """The model's forward on `size` rows at a time, in this order -> (B, ...), unsorted again.
+
+    prefix_cache: what read_prefix returned, where all rows have one prefix.
+    """
     parts = []
     for rows in order.split(size):
-        cache = prefix and prefix(len(rows))
+        cache = prefix_cache(len(rows)) if prefix_cache else None
         parts.append(model(ids[rows], attn[rows], T, cache=cache, **kwargs))
     return torch.cat(parts)[order.argsort()]
 
@@ -476,12 +487,12 @@ def frame_behind_tau(model, tok, tau, prompts, responses, device):
     model None: tau stands in front of every row, for a model that is trained.
     """
     # Read tau once, for forward_in_micro_batches, where the architecture allows that
-    prefix = read_prefix(model, tau, "gvm", "gvm", device) if model else None
+    prefix_cache = read_prefix(model, tau, "gvm", "gvm", device) if model else None
     begin = [append_to_prefix(tok, tau, ids) for ids in prompts]        # one bos
-    if prefix:
+    if prefix_cache:
         begin = [ids[len(tau):] for ids in begin]
     ids, attn, _ = frame(begin, responses, device)
-    return ids, attn, prefix
+    return ids, attn, prefix_cache
 
 
 class Decoder:
@@ -523,17 +534,21 @@ def decoding(model, ids, attn, adapter, args):
 
 
 def locate(weights, u):
-    """Where a share u in [0, 1) of all ends: (B, N), (B, 1) -> sums up to each weight, place, number."""
+    """Lay a row's weights end to end, and find the one at the share u in [0, 1) of their sum.
+
+    (B, N), (B, 1) -> where each weight ends (B, N), where u falls (B, 1), index found (B, 1).
+    """
     ends = weights.cumsum(-1, dtype=torch.float64)
-    place = u.clamp(0, 1 - 2**-52) * ends[:, -1:]       # below the last end: it is in a weight above 0
-    number = torch.searchsorted(ends, place, right=True)
-    return ends, place, number.clamp(max=weights.shape[1] - 1)
+    # Below the last end, so that the weight that is found is above 0
+    place = u.clamp(0, 1 - 2**-52) * ends[:, -1:]
+    index = torch.searchsorted(ends, place, right=True)
+    return ends, place, index.clamp(max=weights.shape[1] - 1)
 
 
 def draw(p, u, size=256):
-    """The words that uniform numbers choose, with probability p: (B, V), (B, 1) fp64 -> (B,)."""
+    """A token per row: probabilities p (B, V), uniform numbers u (B, 1) fp64 -> ids (B,)."""
     # A cumsum over a large vocabulary is one long scan per row, which a GPU cannot spread. So in two
-    # steps: which block of words, then which word in it. Sums are fp64: fp32 would blur the rare words
+    # steps: which block of tokens, then which one in it. Sums in fp32 would blur rare tokens
     V = p.shape[1]
     first = 0
     if V > 32 * size:
@@ -592,7 +607,7 @@ def load_model(path, args=None, trainable=True):
             path, config=config, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as e:
         die(missing_model(path, e))
-    # A model that also sees keeps its vision tower
+    # The vision tower of a multimodal model stays frozen
     lm.requires_grad_(False)
     for part in lm.get_decoder(), lm.get_output_embeddings():
         part.requires_grad_(trainable)
@@ -626,14 +641,14 @@ def token_mean(stats, key):
 
 
 def adapt_kl_coef(kl_coef, kl, kl_before, target):
-    """The KL coefficient of the next step, arXiv 1909.08593, eq. (3): at most a tenth up or down.
+    """The KL coefficient of the next step, after arXiv 1909.08593: at most a tenth up or down.
 
     kl: nats per response. target 0: constant.
     """
     if not target:
         return kl_coef
-    # Not the KL where it is but where it is heading, five steps ahead at its present speed: a coefficient
-    # that is wound down while the KL still rises comes back too late
+    # Not the present KL, but the KL five steps ahead at its present rate of change: a coefficient
+    # that falls while the KL still rises would rise again too late
     ahead = kl + 5 * (kl - kl_before)
     return kl_coef * (1 + 0.1 * min(max(ahead / target - 1, -1), 1))
 
@@ -690,7 +705,8 @@ def encode_messages(tok, messages, add_generation_prompt=True):
         try:
             ids = list(tok.apply_chat_template(chat, chat_template=template, return_dict=False,
                                                add_generation_prompt=add_generation_prompt))
-        except TemplateError as e:                      # read_rows tries orders of roles, not texts
+        except TemplateError as e:
+            # read_rows has tried this order of roles, but not this text
             roles = ", ".join(role for role, _ in messages)
             die(f"{tok.name_or_path}: its chat template refuses a prompt of {roles}: {e}",
                 all_ranks=True)
@@ -727,18 +743,18 @@ def append_to_prefix(tok, prefix, ids):
     return prefix + ids
 
 
-def prepend_tau(tok, tau, prompt, room, tau_length):
-    """tau, a list of (prompt ids, response ids), in front of a prompt; responses cut to tau_length tokens.
+def prepend_tau(tok, pairs, prompt, max_length, tau_length):
+    """Pairs of (prompt ids, response ids) in front of a prompt -> ids, spans of the responses.
 
-    Pairs that do not fit into `room` tokens, prompt included, are left out. -> ids, and for each pair that is
-    in [(its number, where its response begins, where it ends), ...].
+    Responses are cut to tau_length tokens. A pair with which the ids, prompt included, would be longer than
+    max_length is left out. A span is (number of the pair, begin, end).
     """
     prefix = []
     spans = []
-    for k, (p, r) in enumerate(tau):
+    for k, (p, r) in enumerate(pairs):
         longer = append_to_prefix(tok, prefix, p)
         end = len(longer) + len(r[:tau_length])
-        if end + len(prompt) <= room:
+        if end + len(prompt) <= max_length:
             spans.append((k, len(longer), end))
             prefix = longer + r[:tau_length]
     return append_to_prefix(tok, prefix, prompt), spans
@@ -771,7 +787,7 @@ def draw_tau(tok, buffer, pairs, room, tau_length, rng):
             ids = longer
             shown += 1
     if not shown:
-        # Not one fits whole: of the shortest prompt the middle goes
+        # No pair fits whole: cut the middle out of the shortest prompt
         prompt, response = min(answered, key=lambda pair: len(pair[0]))
         response = response[:tau_length]
         ids = cut_prompt(tok, prompt, room - len(response)) + response
@@ -792,9 +808,10 @@ def frame(prompts, responses, device="cpu"):
 
 
 def pack(tok, row, before, max_length, tau_length):
-    """The rows `before`, then this row -> ids, [(row, where its response begins, where it ends), ...].
+    """The rows `before`, then this row -> ids, spans [(row, begin, end), ...] of responses.
 
-    Responses before are cut to tau_length tokens; all that stands before the last one has half of max_length.
+    The responses of `before` are cut to tau_length tokens. All that stands in front of the last response
+    gets at most half of max_length.
     """
     pairs = [(encode_prompt(tok, r["prompt"]), encode_row(tok, r)) for r in before]
     half = max_length // 2
@@ -806,10 +823,11 @@ def pack(tok, row, before, max_length, tau_length):
 
 
 def read_pairs(paths, tok, max_length):
-    """Pairs {prompt, chosen, rejected}, less those whose answers are equal once --max-length cut them."""
+    """Pairs {prompt, chosen, rejected}, without those that --max-length cuts to one answer."""
     def equal(pair):
         chosen, rejected = (one_side(pair, side) for side in ("chosen", "rejected"))
-        # Characters, fewer than the tokens that are left hold: most pairs differ in them
+        # A cheap test first, as most pairs differ early. At least max_length / 2 tokens of an
+        # answer are kept, and a character takes at most four tokens
         kept = max_length // 8
         if chosen["response"][:kept] != rejected["response"][:kept]:
             return False
@@ -840,12 +858,17 @@ def read_prompts(tok, path, max_length, flag="--max-prompt-length"):
 
 def packed_frame(sequences, device="cpu"):
     """What pack returned, B times -> ids, attn (B, P+T), mask (B, T), True on every response."""
-    parts = [(ids[:spans[0][1]], ids[spans[0][1]:]) for ids, spans in sequences]
-    ids, attn, mask = frame(*zip(*parts, strict=True), device)
+    prompts = []
+    responses = []
+    for ids, spans in sequences:
+        _, begin, _ = spans[0]                          # of the first response
+        prompts.append(ids[:begin])
+        responses.append(ids[begin:])
+    ids, attn, mask = frame(prompts, responses, device)
     mask[:] = False
-    for row, (_, spans) in zip(mask, sequences, strict=True):
+    for row, prompt, (_, spans) in zip(mask, prompts, sequences, strict=True):
         for _, begin, end in spans:
-            row[begin - spans[0][1]:end - spans[0][1]] = True
+            row[begin - len(prompt):end - len(prompt)] = True
     return ids, attn, mask
 
 

@@ -19,7 +19,7 @@ Deviations from the paper
    the shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
 2. The default, --advantage delta, is Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the
    textbook advantage, which a frozen Q over deterministic transitions gives for free. It is centred over the
-   responses. Differences are smaller than levels, so that their divisor is in practice the constant of 1.
+   responses. Changes of Q are smaller than Q, so that in practice the sigma of deviation 1 divides them.
    --advantage q: A = Q~, eq. (2).
 3. The KL penalty is in A_t, and each token pays its own. Its coefficient adapts to --kl-target. The paper's
    "target KL 0.1" is, as in its authors' code, the early stop of the inner epochs.
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     flag("--gvm", default=f"{d.out}/gvm/model", help="global value model, from train_gvm.py")
     flag("--gold", default=d.reward,
          help="FILE.py:function(prompt, response) -> float, logged and never trained on")
-    flag("--reward", help=argparse.SUPPRESS)                        # the old name of --gold
+    flag("--reward", help=argparse.SUPPRESS)                        # PPO's flag: refused below
     flag("--out", default=f"{d.out}/dvpo", help="folder to write")
     # Size: a step is one batch of rollouts and several updates on it
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
@@ -147,10 +147,9 @@ def advantage(q, mask, kind, sigma):
     a response, Q[T-1] - V(s_0), is centred over the responses, by a shift of V(s_0): a mean taken off every
     token would make short answers pay wherever V(s_0) is too low. 0 outside the mask.
     """
-    if kind == "authors":
+    if kind == "authors":                                           # which needs no sigma
         return gae_without_reward(q[:, :-1], mask)
     if kind == "q":
-        # Eq. (2) over the values after each token
         mean, std = common.masked_moments(q[:, 1:], mask)
         return (q[:, 1:] - mean) / std.clamp(min=sigma) * mask
     # What each token did to the value. The sums of all responses average 0.
@@ -191,8 +190,8 @@ def main(argv=None):
 
     # One frozen trunk is the reference (adapter off) and the value model (adapter "gvm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
-    made_by = f"python train_gvm.py --model {args.model}"
-    gvm = common.load_adapter(trunk, tok, args.gvm, made_by)
+    made_by = f"python train_gvm.py --model {args.model}"           # for an error message
+    gvm = common.load_adapter(trunk, tok, args.gvm, made_by)        # dict: how it was trained
     tau_pairs = gvm["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
 
     # The policy is a second model, or with --lora another adapter on the trunk.
@@ -212,7 +211,7 @@ def main(argv=None):
     run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
     tau_room = common.room_for_tau(gvm, args, tau_pairs)            # tokens
 
-    # DeepSpeed, optimizer, and at ZeRO-3 the shards
+    # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
     policy = run.engine(
         "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
     trunk = policy if args.lora else run.frozen(trunk)
@@ -229,8 +228,8 @@ def main(argv=None):
     kl_before = state.get("kl", 0.0)                                # of the last step
     buffer = state.get("buffer")                                    # the last rollouts, for tau
 
-    # Tau must not show the answers that it values. Before the first step it comes from a rollout that
-    # is not trained on, of the prompts that would follow the last step.
+    # Tau must not contain the answers that are being valued. Before the first step it comes from
+    # a rollout that is not trained on, with the prompts that would follow the last step.
     if buffer is None and tau_pairs:
         _, prompts = prompts_of(args.max_steps)
         policy.eval()
@@ -254,23 +253,24 @@ def main(argv=None):
             #    the first ratio is exactly 1; rows of one update are sorted by length: less padding.
             rows_per_update = args.mini_batch_size * args.grad_accum
             order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
-            frame = (ids, attn, T, order, args.mini_batch_size)
+            batches = (ids, attn, T, order, args.mini_batch_size)
             sampling = dict(temperature=args.temperature)
-            old_logp = common.forward_in_micro_batches(policy, *frame, adapter=adapter, **sampling)
-            ref_logp = common.forward_in_micro_batches(trunk, *frame, **sampling)       # (B, T)
+            old_logp = common.forward_in_micro_batches(
+                policy, *batches, adapter=adapter, **sampling)                          # (B, T)
+            ref_logp = common.forward_in_micro_batches(trunk, *batches, **sampling)       # (B, T)
 
             # 3. Value of every token, given tau: some of the policy's own latest answers. One tau
             #    serves all rows of this rank, and is read once.
             rng = np.random.default_rng([args.seed, step, run.rank])
             tau, tau_shown = common.draw_tau(
                 tok, buffer, tau_pairs, tau_room, gvm["tau_length"], rng)
-            gvm_ids, gvm_attn, prefix = common.frame_behind_tau(
+            gvm_ids, gvm_attn, prefix_cache = common.frame_behind_tau(
                 trunk, tok, tau, prompts, responses, device)
-            frame = (gvm_ids, gvm_attn, T, order, args.mini_batch_size)
+            gvm_batches = (gvm_ids, gvm_attn, T, order, args.mini_batch_size)
             q = common.forward_in_micro_batches(
-                trunk, *frame, prefix, adapter="gvm", head="gvm")                       # (B, T+1)
+                trunk, *gvm_batches, prefix_cache, adapter="gvm", head="gvm")           # (B, T+1)
             buffer = (prompts, responses)
-            del prefix                                              # frees memory for the update
+            del prefix_cache                                        # frees memory for the update
 
         # 4. Advantage: what the token did to the value, less its own share of the KL to the reference
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)                            # (B, T)
@@ -324,7 +324,6 @@ def main(argv=None):
             entropy=-minus_entropy, ended=ended.float().mean(),
             length=mask.sum(1).float().mean(), tokens=run.sum(mask.sum()),
             tau_pairs=tau_shown, tau_tokens=len(tau))
-        # The mean KL of all ranks, so that all have one coefficient
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)

@@ -1,4 +1,4 @@
-"""What DVPO replaces: RLHF with PPO, four models of which two are trained. Line-aligned with dvpo.py.
+"""What DVPO replaces: RLHF with PPO, four roles, two of them trained. In the order of dvpo.py.
 
 Reads   {prompt} rows                                   data/toy/prompts.jsonl
         the SFT model: first policy, reference, trunk   out/tiny/sft/model
@@ -54,7 +54,8 @@ def parse_args(argv=None):
     flag("--critic-from", choices=("rm", "gvm"), default="rm", help="what the critic starts from")
     flag("--freeze-critic", action="store_true", help="leave the critic as it starts")
     flag("--gvm", default=f"{d.out}/gvm/model", help="--critic-from gvm: from train_gvm.py")
-    flag("--gold", default=d.reward, help="function as in --reward, logged and not trained on")
+    flag("--gold", default=d.reward,
+         help="FILE.py:function that is only logged, as gold; --reward takes its place")
     flag("--out", default=f"{d.out}/ppo", help="folder to write")
     # Size: a step is one batch of rollouts and several updates on it
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
@@ -106,9 +107,9 @@ def parse_args(argv=None):
     args = common.parse(p, argv)
     args.pairs = [os.path.normpath(path) for path in args.pairs]
 
-    # What was asked for of the reward model: one that is there must have been trained so.
+    # A reward model that exists must have been trained with the flags on this command line,
+    # even with those that repeat a default
     words = sys.argv[1:] if argv is None else argv
-    # Named on the command line, whatever their values
     named = [word.partition("=")[0][2:].replace("-", "_") for word in words]
     args.rm_asked = {key: getattr(args, key) for key in RM_FLAGS if key in named}
     return args
@@ -298,22 +299,22 @@ def main(argv=None):
     # One frozen trunk is the reference (adapter off) and the reward model (adapter "rm" on).
     trunk = common.load_model(args.init_from, args, trainable=False)
     if reward is None:
-        # Its adapter and head, frozen, and the units of its scores
+        # rm: a dict with its flags and with mean and std of its scores
         made_by = f"rm -r {args.rm}; python ppo_baseline.py"
         rm = common.load_adapter(trunk, tok, args.rm, made_by, asked=args.rm_asked)
 
-    # The policy is a second model, the critic a third. It starts in units of standardised rewards.
+    # The policy is a second model. The critic is a third, and predicts in units of the score.
     model = common.load_model(args.init_from, args)
     critic_model = common.load_model(args.init_from, args, trainable=not args.freeze_critic)
     length = args.max_prompt_length + args.max_new_tokens
     critic_length = length
     if args.critic_from == "gvm":
-        # Its rewards are raw, those of RL standardised
+        # The GVM learned raw rewards; in RL the reward model's score is standardised
         made_by = f"python train_gvm.py --model {args.model}"
         gvm = common.load_adapter(trunk, tok, args.gvm, made_by, needs=("reward_mean",))
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
         start_critic(critic_model, trunk, "gvm", *unit)
-        # It reads tau in front of every row
+        # This critic reads tau in front of every row
         critic_length = gvm["max_length"]
     elif reward is None:
         start_critic(critic_model, trunk, "rm", rm["mean"], rm["std"])
@@ -330,7 +331,7 @@ def main(argv=None):
     if args.critic_from == "gvm":
         tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])     # tokens
 
-    # DeepSpeed, optimizers, and at ZeRO-3 the shards
+    # DeepSpeed: it makes the optimizers, and at ZeRO-3 it shards the weights
     passes = (args.mini_batch_size, args.grad_accum)
     policy = run.engine("policy", model, args.lr, *passes, decodes=True)
     if args.freeze_critic:
@@ -351,8 +352,8 @@ def main(argv=None):
     kl_before = state.get("kl", 0.0)                                # of the last step
     buffer = state.get("buffer")                                    # the last rollouts, for tau
 
-    # A critic from the GVM reads a tau, as in dvpo.py: before the first step of a rollout that is not
-    # trained on.
+    # A critic from the GVM reads a tau. Before the first step tau comes from a rollout that is
+    # not trained on, as in dvpo.py.
     if buffer is None and args.critic_from == "gvm":
         _, prompts = prompts_of(args.max_steps)
         policy.eval()
@@ -365,7 +366,7 @@ def main(argv=None):
         # 1. Rollout: a sampled response per prompt
         with run.phase("generate"):
             policy.eval()
-            critic.eval()                                           # as in the scores below
+            critic.eval()
             rolled_out = rollout(run.actor(model), prompts, tok, args, device)
         ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
         T = mask.shape[1]                                           # the longest response
@@ -377,10 +378,10 @@ def main(argv=None):
             #    the first ratio is exactly 1; rows of one update are sorted by length: less padding.
             rows_per_update = args.mini_batch_size * args.grad_accum
             order = common.sort_by_length(torch.arange(args.batch_size), attn, rows_per_update)
-            frame = (ids, attn, T, order, args.mini_batch_size)
+            batches = (ids, attn, T, order, args.mini_batch_size)
             sampling = dict(temperature=args.temperature)
-            old_logp = common.forward_in_micro_batches(policy, *frame, **sampling)      # (B, T)
-            ref_logp = common.forward_in_micro_batches(trunk, *frame, **sampling)       # (B, T)
+            old_logp = common.forward_in_micro_batches(policy, *batches, **sampling)      # (B, T)
+            ref_logp = common.forward_in_micro_batches(trunk, *batches, **sampling)       # (B, T)
 
             # 3. Value of the critic before each token, and the reward of the whole response
             critic_ids = ids
@@ -393,8 +394,8 @@ def main(argv=None):
                 critic_ids, critic_attn, _ = common.frame_behind_tau(
                     None, tok, tau, prompts, responses, device)
                 buffer = (prompts, responses)
-            critic_frame = (critic_ids, critic_attn, T, order, args.mini_batch_size)
-            values = common.forward_in_micro_batches(critic, *critic_frame, head="critic")
+            critic_batches = (critic_ids, critic_attn, T, order, args.mini_batch_size)
+            values = common.forward_in_micro_batches(critic, *critic_batches, head="critic")
             values = values[:, :-1]                                                     # (B, T)
             if reward:
                 # A function scores the text
@@ -403,7 +404,7 @@ def main(argv=None):
                 score = torch.tensor(score, device=device)                              # (B,)
             else:
                 # The reward model's head at the last token
-                score = common.forward_in_micro_batches(trunk, *frame, adapter="rm", head="rm")
+                score = common.forward_in_micro_batches(trunk, *batches, adapter="rm", head="rm")
                 score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)           # (B,)
                 score = (score - rm["mean"]) / rm["std"]
 
@@ -431,7 +432,7 @@ def main(argv=None):
                     run.set_lr(critic, args.critic_lr * left)
             stats = []
             updates = 0
-            for epoch in range(args.ppo_epochs):                    # inner epochs
+            for epoch in range(args.ppo_epochs):
                 # The first pass keeps the micro-batches of the scores, later ones draw their own
                 if epoch > 0:
                     shuffled = torch.randperm(args.batch_size)
@@ -481,7 +482,7 @@ def main(argv=None):
             adv_std=adv_std, ratio_first=stats[0]["ratio"], updates=updates, score=score.mean(),
             entropy=-minus_entropy, ended=ended.float().mean(),
             length=mask.sum(1).float().mean(), tokens=run.sum(mask.sum()))
-        # The mean KL of all ranks, so that all have one coefficient
+        # One coefficient for all ranks, by their mean KL
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)

@@ -20,12 +20,13 @@ import math
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 import common
 
 
 def parse_args(argv=None):
-    p, d = common.flags(__doc__, argv, "gvm", "sft")
+    p, d = common.flags(__doc__, argv, "gvm", "sft")        # "gvm" for --tau-length alone
     flag = p.add_argument
     # Data and models
     flag("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     flag("--tau-length", type=int, default=d.tau_length, help="--pack: tokens per earlier answer")
     # Samples at the end
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
-    flag("--reward", default=d.reward,
+    flag("--gold", "--reward", default=d.reward,
          help="FILE.py:function(prompt, response) -> float, scores samples at the end")
     return common.parse(p, argv)
 
@@ -85,9 +86,10 @@ def heldout_loss(run, policy, tok, rows):
 
 @torch.no_grad()
 def sample_gold(run, actor, tok, rows, reward, n=256):
-    """Mean reward of about n sampled answers to the held-out prompts, over all ranks."""
-    from transformers import GenerationConfig
+    """Mean reward of about n sampled answers to the held-out prompts, over all ranks.
 
+    transformers samples them: a stage imports only common, and RL's rollout is in dvpo.py.
+    """
     args = run.args
     # Plain sampling, as in training: no top-k, no top-p, every end token of the model
     end_ids = actor.end_ids(tok).tolist()
@@ -119,7 +121,7 @@ def main(argv=None):
     train = common.Rows(common.read_rows(args.data, ["prompt", "response"], tok=tok))
     heldout = common.read_rows(args.heldout, ["prompt", "response"], tok=tok)
     # Samples only matter where a function scores them
-    reward = common.load_function(args.reward)
+    reward = common.load_function(args.gold)
     prompts = common.read_rows(args.prompts, ["prompt"], tok=tok) if reward else None
     common.check_lengths(train, lambda row: common.encode_whole(tok, row), args.max_length)
     run = common.Run(args, "sft", show=("loss", "lr"))
@@ -135,7 +137,7 @@ def main(argv=None):
     steps = args.max_steps or math.ceil(args.epochs * len(train) / rows_per_update)
     run.resume()                                             # nothing but what Run itself keeps
 
-    policy.train()                                           # dropout, where the model has some
+    policy.train()                                           # for --gradient-checkpointing
     for step in run.steps(steps):
         # 1. Batch: rows, each after --pack others of its policy. Similar lengths stand side by side:
         #    less padding
@@ -146,12 +148,12 @@ def main(argv=None):
             before = train.draw(train[i].get("policy"), train[i]["prompt"], args.pack, rng)
             sequence = common.pack(tok, train[i], before, args.max_length, args.tau_length)
             sequences.append(sequence)
+        sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask = common.packed_frame(sequences, run.device)        # (B, P+T), (B, T)
-        order = common.sort_by_length(torch.arange(args.batch_size), attn, args.batch_size)
-        ids, attn, mask = (x[order] for x in (ids, attn, mask))
         n_tokens = run.sum(mask.sum())                       # of all ranks
 
-        # 2. Update: the mean over the tokens of all passes and ranks, which DeepSpeed divides by
+        # 2. Update: a mean over the tokens of all passes and ranks. DeepSpeed divides the loss by
+        #    the numbers of both, so it is multiplied by them
         lr = args.lr * cosine(step, steps, args.warmup_steps)
         run.set_lr(policy, lr)
         loss = torch.zeros((), device=run.device)
@@ -165,11 +167,11 @@ def main(argv=None):
         if args.dry_run:
             return run.show_batch(tok, ids, attn, mask, steps)
 
-        # 3. Log
+        # 3. Log, which takes the mean over ranks; this loss is a sum over them
         run.log(loss=loss * run.world, lr=lr, tokens=n_tokens)
 
     # 4. Save, held-out loss
-    policy.eval()                                            # no dropout
+    policy.eval()                                            # no checkpointing from here on
     run.save_model(model, tok)
     summary = dict(steps=steps, heldout_loss=heldout_loss(run, policy, tok, heldout))
     gold = ""

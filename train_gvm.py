@@ -5,16 +5,17 @@ Reads   {prompt, response, reward[, policy]} rows, or pairs {prompt, chosen, rej
         the SFT model, which becomes the trunk                              out/tiny/sft/model
 Writes  a LoRA adapter and a scalar head on that trunk                      out/tiny/gvm/model
 
-tau shows which policy is at work: question-answer pairs of the same policy on other prompts, put before the
-prompt in the same template. Rows are packed: each stands after --tau-pairs others of its policy, and all of
-these are trained, each given those before it. So the GVM learns to do with any tau, and without. In an epoch
-every row is the last of one sequence. Objective: eq. (1) of arXiv 2502.16944 v1 where lambda = 0, here 0.95:
+tau shows which policy is at work: question-answer pairs of the same policy on other prompts, before the
+prompt in the same template. Rows are packed: a sequence is one row behind up to --tau-pairs others of its
+policy. All of them are trained, each given those before it, so that the GVM learns to work with a tau of any
+length and without one. In an epoch every row is the last of one sequence. Objective: eq. (1) of arXiv
+2502.16944 v1, with lambda 0.95 instead of 0:
 
     L = mean over response tokens of (G_t - Q(tau, s_t, a_t))^2,
     G_t = gamma ((1 - lambda) Q_{t+1} + lambda G_{t+1}), and the reward of the response at its last token.
 
 No gradient flows into G. An answer that was cut (its row says ended: false) has no <eos>, and its reward is
-lower by --missing-eos-penalty: Q sees it coming that an answer will not end. Q is also trained at the last
+lower by --missing-eos-penalty, so that Q learns to predict it. Q is also trained at the last
 prompt token, t = -1, towards gamma G_0: V(s_0), what this policy will get on this prompt. The head reads
 [h_t, h_{t-1} * e(a_t)], hidden states and the output embedding of a_t: the product tells whether the trunk
 expected that token.
@@ -24,8 +25,8 @@ Deviations from the paper
 2. Batch norm, eq. (2), is a flag and off: a Q in units of reward can be compared with the truth. Its mean and
    sigma at the end of training are saved; the sigma bounds the divisor of dvpo.py's advantage from below.
 3. A linear decay of the learning rate, which the paper does not mention.
-4. Answers in tau are cut to --tau-length tokens, where their reward then stands, and tau and prompt get half
-   of --max-length. That is 2,048, the paper's 1,024: RL must not reach a position that was not trained.
+4. Answers in tau are cut to --tau-length tokens, and their reward moves to the cut. tau and prompt get half
+   of --max-length, which is 2,048 (paper: 1,024): RL must not reach a position that was not trained.
 5. The head sees the token beside the state. The paper's, --plain-head, hardly sees rare mistakes.
 6. The learning rate is 1e-4. At the paper's 2e-6 the values of SmolLM2 hardly left 0 in 103 updates.
 
@@ -37,6 +38,7 @@ Deviations from the paper
     python train_gvm.py --show "review the soup ." "the soup was not bland ." --policy good         figure 4
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -81,7 +83,8 @@ def parse_args(argv=None):
     flag("--lora-dropout", type=float, default=d.lora_dropout, help="in the adapter (paper 0.1)")
     # What is measured, and what is done in place of training
     flag("--true-q", default=d.true_q, help="FILE.py:function(prompt, prefix, policy) -> value")
-    flag("--eval-only", action="store_true", help="do not train; measure --gvm on --data")
+    flag("--eval-only", action="store_true",
+         help="do not train; measure --gvm on --data (default: the training rows)")
     flag("--min-gap", type=float, default=0.0, help="table 4: skip pairs closer than this")
     flag("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
     flag("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
@@ -102,7 +105,7 @@ def td_targets(q, score, gamma, lam):
     """
     # Backwards in time, like GAE
     targets = torch.zeros_like(q)
-    target = q[:, -1]
+    target = q[:, -1]                   # any number: the first end of a response replaces it
     for t in reversed(range(q.shape[1])):
         # One token back: the next value, and the target behind it
         if t + 1 < q.shape[1]:
@@ -120,13 +123,13 @@ def batch_norm(x, mask, eps=1e-5):
     return (x - mean) / (std + eps) * mask
 
 
-def gvm_loss(q, score, mask, args):
-    """Eq. (1) at the states where mask: q, score, mask (B, T+1) -> sum of squared TD errors."""
+def gvm_loss(q, score, states, args):
+    """Eq. (1), summed over the states that are True: q, score, states (B, T+1) -> scalar."""
     if args.batch_norm:
-        q = batch_norm(q, mask)
+        q = batch_norm(q, states)
     # Targets are constants: no gradient flows into them
     targets = td_targets(q.detach(), score, args.gamma, args.td_lambda)
-    return ((targets - q) ** 2 * mask).sum()                    # the caller divides by all states
+    return ((targets - q) ** 2 * states).sum()                  # the caller divides by all states
 
 
 # Offline data: rows, and tau
@@ -139,11 +142,11 @@ class Labelled(common.Rows):
         for path in paths:
             kinds = ["prompt", "response", "reward"], ["prompt", "chosen", "rejected"]
             lines = common.read_rows(path, *kinds, tok=tok)
-            # Rows or pairs, by the keys of all lines: pairs may have a reward, too
+            # All lines: some lines of a file of pairs may have these keys, too
             labelled = all(set(kinds[0]) <= set(line) for line in lines)
             for line in lines:
                 if labelled:
-                    rows.append(dict(line, policy=line.get("policy")))
+                    rows.append(line)
                 else:
                     # A pair is two rows
                     rows.append(dict(common.one_side(line, "chosen"), reward=1))
@@ -193,6 +196,7 @@ def token_values(gvm, tok, rows, taus, args, device, batch=32):
         begin = spans[-1][1]                                    # of the row's own response
         prompts.append(ids[:begin])
         responses.append(ids[begin:])
+    batch = min(batch, -(-len(rows) // common.world()))         # no more than there are
     values = torch.zeros(len(rows), args.max_length + 1, device=device)     # (rows, T+1)
     stride = batch * common.world()
     for start in common.Progress(range(0, len(rows), stride), desc="values", leave=False):
@@ -325,7 +329,9 @@ def show(run, gvm, tok, prompt, response, tau):
     # The truth, of a policy of the toy
     if args.true_q and args.policy:
         true_q = common.load_function(args.true_q, unknown=KeyError)
-        found["true_q"] = [true_q(prompt, tok.decode(ids[:t]), args.policy) for t in range(len(ids) + 1)]
+        prefixes = [tok.decode(ids[:t]) for t in range(len(ids) + 1)]
+        with contextlib.suppress(KeyError):         # a policy whose true value is not known
+            found["true_q"] = [true_q(prompt, prefix, args.policy) for prefix in prefixes]
     # One scale for both rows
     scale = max(1e-6, np.abs(found["q"] + found.get("true_q", [])).max())
     for key in ("q", "true_q"):
@@ -351,7 +357,7 @@ def main(argv=None):
         # A GVM that is there goes onto this trunk
         return use_trained(run, gvm, tok, data)
 
-    # An answer that never ends costs a share of what rewards differ by, so that Q sees it coming.
+    # The penalty for an answer that was cut, in units of reward
     heldout = Labelled([args.heldout], tok)
     penalty = args.missing_eos_penalty * float(np.std([row["reward"] for row in data]))
     data.penalise(penalty)
@@ -396,12 +402,12 @@ def main(argv=None):
         ids, attn, mask, states, score = training_frame(sequences, device)      # states (B, T+1)
         n_states = run.sum(states.sum())                        # of all ranks
 
-        # 2. Update: squared TD errors, eq. (1), a mean over the states of all passes and ranks, which
-        #    DeepSpeed divides by
+        # 2. Update: squared TD errors, eq. (1), a mean over the states of all passes and ranks.
+        #    DeepSpeed divides the loss by the numbers of both, so it is multiplied by them
         run.set_lr(engine, args.lr * (1 - step / steps))
         loss = torch.zeros((), device=device)
         q = []                                                  # of all passes, for the log
-        for m in torch.arange(args.batch_size).chunk(args.grad_accum):
+        for m in torch.arange(args.batch_size).split(rows_per_pass):
             # One pass: a value at every state, (b, T+1)
             q_m = engine(ids[m], attn[m], mask.shape[1], adapter="gvm", head="gvm")
             loss_m = gvm_loss(q_m, score[m], states[m], args) / n_states
@@ -413,8 +419,8 @@ def main(argv=None):
         if args.dry_run:
             return run.show_batch(tok, ids, attn, mask, steps)
 
-        # 3. Moments of Q over response tokens, a mean of about the last five updates: dvpo.py divides by
-        #    no smaller sigma. Log
+        # 3. Log, which takes the mean over ranks; this loss is a sum over them. Also keep the
+        #    moments of Q over about five updates: dvpo.py divides by no smaller sigma
         moments = torch.stack(common.masked_moments(torch.cat(q)[:, 1:], mask))
         running = moments if running is None else running.lerp(moments, 0.2)
         q_mean, q_std = moments

@@ -11,7 +11,7 @@ Objective, for --group-size responses y_i to each prompt x, with dvpo.py's ratio
 
     clipped     L = E[min(r_t A, clip(r_t, 1 - eps, 1 + eps) A) - kl_coef k3_t]
                 k3_t = pi_ref / pi - log(pi_ref / pi) - 1, an estimate of the KL
-    REINFORCE   L = E[(A - kl_coef (log pi - log pi_ref)) log pi], the factor a constant;
+    REINFORCE   L = E[(A - kl_coef (log pi - log pi_ref)) log pi], no gradient in (...);
                 one update per batch of rollouts
 
     --method   arXiv        --baseline            --scale   --loss-mean   update
@@ -24,8 +24,10 @@ E is a mean over the tokens of the batch, or over those of a response and then o
 A group whose rewards are all equal teaches nothing: `no_signal` in the log is their share.
 
 Deviations from the papers
-1. Dr. GRPO divides by the tokens of the batch, there by a constant. It has no KL: --kl-coef 0.
-2. RLOO: each token pays its own KL, as in the ReMax authors' code; there a response its sum.
+1. Dr. GRPO divides by the tokens of the batch; the paper by a constant. The paper has no KL
+   penalty: use --kl-coef 0 for that.
+2. RLOO: each token pays its own KL, as in the ReMax authors' code. In the paper the whole
+   response pays the sum.
 3. ReMax: both answers are the policy's own, without top_p 0.9, and rewards are not clipped.
 4. Rewards, --missing-eos-penalty and linear decay are those of ppo_baseline.py.
 
@@ -60,7 +62,7 @@ def parse_args(argv=None):
     method_parser.add_argument("--method", choices=METHODS, default="grpo")
     method = method_parser.parse_known_args(argv)[0].method
     own = argparse.Namespace(**METHODS[method])
-    # One step per rollout needs a larger learning rate than many: that of ReMax
+    # One update per rollout needs a larger learning rate than several: RLOO takes ReMax's
     p, d = common.flags(__doc__, argv, "rl", "grpo" if own.clipped else "remax")
     flag = p.add_argument
     flag("--method", choices=METHODS, default=method, help="sets defaults of the other flags")
@@ -69,7 +71,8 @@ def parse_args(argv=None):
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
     flag("--rm", default=f"{d.out}/rm/model", help="the reward model, from ppo_baseline.py")
     flag("--reward", help="FILE.py:function(prompt, response) -> float, in place of --rm")
-    flag("--gold", default=d.reward, help="the same, logged as gold and never trained on")
+    flag("--gold", default=d.reward,
+         help="FILE.py:function that is only logged, as gold; --reward takes its place")
     flag("--out", default=f"{d.out}/{method}", help="folder to write")
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps")
     flag("--batch-size", type=int, default=d.batch_size, help="rollouts per step and GPU")
@@ -77,10 +80,10 @@ def parse_args(argv=None):
     flag("--group-size", type=int, default=1 if own.baseline == "greedy" else 8,
          help="sampled responses per prompt (GRPO's paper 64)")
     flag("--baseline", choices=("mean", "loo", "greedy"), default=own.baseline,
-         help="reward of the whole group, of the others in it, of the greedy response")
+         help="reward to subtract: mean of the group, of the others in it, or the greedy one")
     flag("--scale", choices=("std", "none"), default=own.scale, help="of the advantage")
     flag("--loss-mean", choices=("response", "token"), default=own.loss_mean,
-         help="which of them have equal weights")
+         help="what has equal weight in the loss: each response, or each token")
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy")
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="in tokens")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
@@ -197,7 +200,7 @@ def main(argv=None):
     kv_cache = (B + n_greedy, length)                               # rows and tokens
     run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
 
-    # DeepSpeed, optimizer, and at ZeRO-3 the shards
+    # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
     policy = run.engine(
         "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
     trunk = policy if args.lora else run.frozen(trunk)
@@ -227,11 +230,12 @@ def main(argv=None):
                 score = torch.tensor(score, device=device)
             else:
                 order = common.sort_by_length(torch.arange(len(ids)), attn, len(ids))
-                frame = (ids, attn, T, order, args.mini_batch_size)
-                score = common.forward_in_micro_batches(trunk, *frame, adapter="rm", head="rm")
+                batches = (ids, attn, T, order, args.mini_batch_size)
+                score = common.forward_in_micro_batches(trunk, *batches, adapter="rm", head="rm")
                 # Read after the last token: (B + n_greedy, T+1) -> (B + n_greedy,)
                 score = score.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
                 score = (score - rm["mean"]) / rm["std"]
+            # Logged with the penalty in it, unlike the score of ppo_baseline.py
             score = score - args.missing_eos_penalty * ~ended       # (B + n_greedy,)
             greedy_score = score[B:]                                # (n_greedy,)
 
@@ -248,13 +252,13 @@ def main(argv=None):
             #    so that the first ratio is exactly 1; rows are sorted by length: less padding.
             rows_per_update = args.mini_batch_size * args.grad_accum
             order = common.sort_by_length(torch.arange(B), attn, rows_per_update)
-            frame = (ids, attn, T, order, args.mini_batch_size)
+            batches = (ids, attn, T, order, args.mini_batch_size)
             sampling = dict(temperature=args.temperature)
-            ref_logp = common.forward_in_micro_batches(trunk, *frame, **sampling)   # (B, T)
-            old_logp = torch.zeros_like(ref_logp)                   # REINFORCE: by the update
+            ref_logp = common.forward_in_micro_batches(trunk, *batches, **sampling)   # (B, T)
+            old_logp = torch.zeros_like(ref_logp)                   # filled in by part 5
             if clipped:
                 old_logp = common.forward_in_micro_batches(
-                    policy, *frame, adapter=adapter, **sampling)
+                    policy, *batches, adapter=adapter, **sampling)
 
         # 5. Update: passes of clipped policy gradient, or one step of REINFORCE
         with run.phase("train"):

@@ -15,8 +15,8 @@ from runtime.processes import CUDA, all_max, die, rank, world, write_json
 CHUNK = 1024                                            # positions whose logits exist at one time
 
 
-def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
-    """Print the plan, write it to OUT/memory.json, and end the run where memory or positions are too few.
+def memory_plan(models, args, out, rows, length, sampled=0, decode=(0, 0)):
+    """Print the plan, write it to out/memory.json, and end the run where memory or positions are too few.
 
     models {role: LM}, the policy first; the largest backward pass is over rows x length tokens, of which the
     log-softmax sees rows x sampled; decode: rows and length of the rollout's KV cache.
@@ -66,7 +66,8 @@ def memory_plan(models, args, rows, length, sampled=0, decode=(0, 0)):
             print(f"{role}: {model['parameters']:,} parameters, {model['trainable']:,} of them trained")
         for what, size in [*plan.items(), (f"together, of {free / MB:,.0f} MB that are free", total)]:
             print(f"{what:<52}{size / MB:>11,.0f} MB")
-    write_json(os.path.join(args.out, "memory.json"), dict(plan=plan, total=total, free=free, models=about))
+    found = dict(plan=plan, total=total, free=free, models=about)
+    write_json(os.path.join(out, "memory.json"), found)
     if all_max(int(total > free)):
         die(f"needs {total / MB:,.0f} MB and {free / MB:,.0f} MB are free; try --lora (dvpo.py), "
             "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")

@@ -69,7 +69,9 @@ def engine(model, args, lr, rows, accum):
     """DeepSpeed engine with fused AdamW over what is trainable: `accum` forwards of `rows` rows each."""
 
     def layer(item):
-        return (re.match(r".*?\.\d+\.", item[0]) or [""])[0]
+        """(name, parameter) -> its layer, "lm.model.layers.7.", or "" outside the layers."""
+        name, _ = item
+        return (re.match(r".*?\.\d+\.", name) or [""])[0]
 
     # One optimizer group per layer: ZeRO-1/2 upcast the gradients of a group at a time (all: 19 GB at 3B)
     trainable = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
@@ -97,14 +99,14 @@ class Run:
 
     def plan_memory(self, models, rows, length, sampled=0, decode=(0, 0)):
         """Print what the run will hold, and end it where memory or positions are too few: memory_plan."""
-        memory_plan(models, self.args, rows, length, sampled, decode)
+        memory_plan(models, self.args, self.out, rows, length, sampled, decode)
 
     def engine(self, name, model, lr, rows, accum=1, decodes=False):
         """DeepSpeed over what is trainable in the model: `accum` passes of `rows` rows per update.
 
         decodes: rollouts will ask for its actor.
         """
-        if decodes and self.args.zero == 3:             # now, as DeepSpeed will shard the weights
+        if decodes and self.args.zero == 3:             # before DeepSpeed shards the weights
             self.copies[id(model)] = copy.deepcopy(model).requires_grad_(False).eval()
         self.engines[name] = engine(model, self.args, lr, rows, accum)
         return self.engines[name]
@@ -120,8 +122,8 @@ class Run:
     def actor(self, model):
         """The module that rollouts decode with: the model itself, or at ZeRO-3 a copy, brought up to date.
 
-        There each token would gather all layers again. The copy costs the weights once more per GPU, and
-        lets the ranks stop at different lengths.
+        A sharded model would gather all layers again for each token. The copy costs the weights once more
+        per GPU, and lets the ranks stop at different lengths.
         """
         actor = self.copies.get(id(model), model)
         if actor is not model:
@@ -155,7 +157,7 @@ class Run:
     def batch(self, n, size, step):
         """Numbers of this rank's rows in batch `step`, a function of the step alone: `size` of n rows.
 
-        Shuffled epochs are laid end to end: no row is dropped or repeated.
+        Shuffled epochs are laid end to end: each row comes once per epoch, none is dropped.
         """
         size = size * self.world                        # of all ranks
         positions = range(step * size + self.rank, (step + 1) * size, self.world)
@@ -181,7 +183,7 @@ class Run:
         self.kept = state
 
     sum = staticmethod(all_sum)                         # of a tensor over all ranks
-    end = staticmethod(finish)                          # after main(), where a stage is a program
+    end = staticmethod(finish)                          # the last call of a stage
 
     def saves_model(self):
         """Whether the model is written after this step, too, and not only at the end."""

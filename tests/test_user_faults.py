@@ -81,8 +81,8 @@ def test_hybrid_models_through_gvm_and_dvpo(name):
     seen = []
     plain = common.forward_in_micro_batches
 
-    def watched(model, ids, attn, T, order, size, prefix=None, **kwargs):
-        out = plain(model, ids, attn, T, order, size, prefix, **kwargs)
+    def watched(model, ids, attn, T, order, size, prefix_cache=None, **kwargs):
+        out = plain(model, ids, attn, T, order, size, prefix_cache, **kwargs)
         if kwargs.get("head") == "gvm":
             seen.append((ids, attn, T, out))
         return out
