@@ -1,4 +1,4 @@
-"""Hides the GPU, builds the little world before several workers start, and gives each of them one thread."""
+"""Hides the GPU, and gives each of several workers a folder that they share, and one thread."""
 import os
 import shutil
 import sys
@@ -15,7 +15,6 @@ def pytest_configure(config):
 
     config.test_folder = helpers.SHARED     # the workers inherit it
     if not WORKER and getattr(config.option, "numprocesses", None):
-        helpers.world()
         for name in helpers.common.LAUNCHER_VARIABLES:      # each worker is a world of its own
             os.environ.pop(name, None)
 

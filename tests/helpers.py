@@ -1,5 +1,6 @@
 """What several test files share: the little world, the stages as functions, two ranks."""
 import contextlib
+import fcntl
 import glob
 import importlib
 import io
@@ -102,15 +103,17 @@ def path(*parts):
 
 
 def world():
-    """Data, SFT model and GVM in path(): built once, in under a minute, then linked by workers."""
+    """Data, SFT model and GVM in path(): one worker builds them, in under a minute; the others wait."""
     if os.path.exists(path("gvm")):
         return
     built = os.path.join(SHARED, "world")
-    if not os.path.exists(built):
-        build_world()
-        os.makedirs(built)
-        for name in WORLD:
-            shutil.move(path(name), os.path.join(built, name))
+    with open(os.path.join(SHARED, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(built):
+            build_world()
+            os.makedirs(built)
+            for name in WORLD:
+                shutil.move(path(name), os.path.join(built, name))
     for name in WORLD:
         os.symlink(os.path.join(built, name), path(name))
 

@@ -61,10 +61,10 @@ def test_two_ranks_equal_one():
 
 def test_zero_3_equals_zero_1():
     world()
-    rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16", "--max-new-tokens", "16")
+    rl = (*RL, "--max-steps", "2", "--batch-size", "32", "--mini-batch-size", "16", "--max-new-tokens", "8")
     pairs = path("toy/pairs_small.jsonl")
     value = {dvpo: ("--gvm", path("gvm/model")),
-             ppo_baseline: ("--rm-max-steps", "3", "--pairs", pairs, "--pairs-heldout", pairs)}
+             ppo_baseline: ("--rm-max-steps", "2", "--pairs", pairs, "--pairs-heldout", pairs)}
     commands = []
     for stage, flags in value.items():
         for zero, sharding in ("1", ("--zero", "1")), ("3", zero_3()):
