@@ -1,4 +1,4 @@
-"""What a reader of the algorithm needs beside the stages: presets, LoRA, model, log-probs, decoder, tokens.
+"""What a reader of the algorithm needs beside the stages: LoRA, model, log-probs, decoder, tokens.
 
 One frame for every tensor. B rows, P prompt tokens (left-padded), T response tokens
 (right-padded), a vocabulary of V tokens:
@@ -11,11 +11,9 @@ tokens. `mask` (B, T) is True from a_0 to the first <eos>. In a packed row (see 
 at the first response; mask is True on all responses and False on the prompts between them. Both are
 built from lengths, and token 0 fills the rest.
 """
-import argparse
 import contextlib
 import copy
 import functools
-import json
 import math
 import os
 import re
@@ -36,12 +34,12 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
+from runtime.flags import Help, flags, parse
 from runtime.graphs import StaticDecoder, merged, static_decoder
 from runtime.memory import CHUNK, activation_bytes, check_context, context_length
-from runtime.memory import memory_plan, positions
 from runtime.metrics import Metrics, Progress, mean_over_ranks
-from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum, barrier
-from runtime.processes import check_writable, deepspeed, die, finish, gathered, lock, missing_model
+from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum
+from runtime.processes import check_writable, die, finish, gathered, lock, missing_model
 from runtime.processes import rank, say, world, write_json, writing
 from runtime.rows import Rows, as_messages, behind_system, check_lengths, load_function, one_side
 from runtime.rows import only_text, read_rows
@@ -50,130 +48,6 @@ from runtime.run import Run
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
-DS_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ds_config.json")
-
-# --------------------------------------------------------------------------------------------
-# Presets and flags
-
-# Appendix A's hyper-parameters where it gives them. Ours are the GVM's lr (at the paper's 2e-6
-# its values stay near 0) and max_length, and in RL kl_target, max_steps and advantage
-PAPER = {
-    "sft": dict(lr=2e-5, batch_size=16, epochs=3, warmup_steps=2, max_length=1024,
-                max_new_tokens=1024, grad_accum=8, save_every=500),
-    "gvm": dict(lr=1e-4, batch_size=32, epochs=1, max_length=2048, tau_pairs=3, tau_length=128,
-                lora_rank=8, lora_alpha=32, lora_dropout=0.1, grad_accum=16, save_every=500),
-    "rm": dict(rm_lr=2e-5, rm_batch_size=4, rm_epochs=2, max_length=1024, lora_rank=8,
-               lora_alpha=32, lora_dropout=0.1),
-    "rl": dict(lr=2e-6, critic_lr=2e-6, batch_size=8, mini_batch_size=2, ppo_epochs=4, grad_accum=2,
-               kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512,
-               max_steps=1000, save_every=100, advantage="delta", temperature=1.0),
-    # comparators/, over rl
-    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": {},
-}
-# What the toy needs instead
-TINY = {
-    "sft": dict(lr=4e-3, batch_size=32, epochs=12, max_length=256, max_new_tokens=32, grad_accum=1),
-    "gvm": dict(lr=3e-3, batch_size=21, epochs=1.5, max_length=256, tau_pairs=2, lora_rank=32,
-                lora_dropout=0.0, grad_accum=1),
-    "rm": dict(rm_lr=5e-3, rm_batch_size=64, rm_epochs=3, max_length=256, lora_rank=32,
-               lora_dropout=0.0),
-    "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
-               kl_target=1.2, max_prompt_length=64, max_new_tokens=32, max_steps=100),
-    "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3),
-}
-# Settings that learn within an hour on two cores: data/smollm2.py
-SMOLLM2 = {
-    "gvm": dict(lr=1e-3, batch_size=8, max_length=400, tau_pairs=2, tau_length=32, lora_rank=16,
-                lora_dropout=0.0, grad_accum=1, save_every=50),
-    "rm": dict(rm_lr=1e-3, rm_batch_size=16, rm_epochs=1, max_length=128, lora_rank=16,
-               lora_dropout=0.0),
-    "rl": dict(lr=2e-5, critic_lr=2e-5, batch_size=32, mini_batch_size=8, grad_accum=1, ppo_epochs=1,
-               max_prompt_length=64, max_new_tokens=32, max_steps=30, save_every=10, temperature=0.8),
-}
-# One line per model; any other hub id or folder has the paper's settings at ZeRO-1
-PRESETS = {
-    "tiny": dict(id="data/toy/model", data="data/toy", zero=0, stages=TINY,
-                 reward="data/toy.py:gold_reward", true_q="data/toy.py:true_q"),
-    "smollm2": dict(id="data/smollm2/model", start="data/smollm2/model", data="data/smollm2", zero=0,
-                    stages=SMOLLM2, reward="data/smollm2.py:sentiment"),
-    "smollm2-360m": dict(id="HuggingFaceTB/SmolLM2-360M-Instruct"),
-    "smollm2-1.7b": dict(id="HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-    "qwen3-0.6b": dict(id="Qwen/Qwen3-0.6B"),
-    "qwen3-1.7b": dict(id="Qwen/Qwen3-1.7B"),
-    "llama3-1b": dict(id="unsloth/Llama-3.2-1B-Instruct"),              # Meta's weights, ungated
-    "gpt2": dict(id="gpt2", stages=dict(rl=dict(max_new_tokens=512))),  # 1,024 positions
-    "llama3-3b": dict(id="meta-llama/Llama-3.2-3B"),
-    "llama3-8b": dict(id="meta-llama/Meta-Llama-3-8B", zero=3),
-    "mistral-7b": dict(id="mistralai/Mistral-7B-Instruct-v0.2", zero=3),
-}
-# Flags that must be above 0; any other number may be 0, too
-POSITIVE = ("max_new_tokens max_prompt_length ppo_epochs epochs max_length tau_length lora_rank "
-            "save_every max_steps rm_max_steps rm_batch_size rm_epochs temperature batch_size "
-            "mini_batch_size grad_accum").split()
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def flags(doc, argv, *stages):
-    """-> a parser with the flags that all stages share, and the defaults of argv's --model."""
-    # No abbreviations: ppo_baseline.py looks for the full names on the command line
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=Help, add_help=False, allow_abbrev=False)
-    flag = p.add_argument
-    presets = ", ".join(PRESETS)
-    flag("--model", default="tiny", help=f"preset ({presets}), hub id or local folder")
-    model = p.parse_known_args(argv)[0].model           # before --help, which shows its defaults
-    out = f"out/{os.path.basename(os.path.normpath(model))}"
-    # Stages after SFT begin at `start`
-    preset = dict(id=model, start=f"{out}/sft/model", data="data/ultrafeedback", zero=1, stages={},
-                  reward=None, true_q=None)
-    d = argparse.Namespace(out=out, cuda=CUDA, **(preset | PRESETS.get(model, {})))
-    for stage in stages:
-        vars(d).update(PAPER[stage] | d.stages.get(stage, {}))
-
-    # The defaults must fit into the model's positions: a quarter for the prompt, half for the answer,
-    # the rest for tau
-    context = positions(d.id)
-    for key, divisor in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):
-        most = context // divisor
-        if vars(d).get(key, 0) > most:
-            setattr(d, key, most)
-            say(f"{d.id} has {context} positions: {key} is {most}")
-    flag("-h", "--help", action="help", help="show this and end")
-    flag("--seed", type=int, default=1, help="seed of shuffling and sampling")
-    flag("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
-    flag("--save-every", type=int, default=d.save_every, help="steps between checkpoints")
-    flag("--resume", action="store_true", help="continue from the last checkpoint in --out")
-    flag("--offload", action="store_true", help="optimizer states in CPU memory (ZeRO 1 to 3)")
-    flag("--gradient-checkpointing", action="store_true", help="less memory, a third slower")
-    flag("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    flag("--ds-config", default=DS_CONFIG, help="DeepSpeed's settings")
-    flag("--dry-run", action="store_true", help="one step: print its memory and batch, save nothing")
-    flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)       # from the launcher
-    return p, d
-
-
-def parse(p, argv):
-    """The arguments, after the checks that need nothing else: numbers in range, batches that divide."""
-    args = p.parse_args(argv)
-    for name, value in vars(args).items():
-        is_number = type(value) in (int, float)
-        must_be_positive = name in POSITIVE
-        if is_number and (not 0 <= value < math.inf or (must_be_positive and value == 0)):
-            least = "above 0" if must_be_positive else "0 or above"
-            die(f"--{name.replace('_', '-')} {value}: must be a number {least}")
-    rows = getattr(args, "mini_batch_size", 1) * args.grad_accum
-    if args.batch_size % rows:
-        die(f"--batch-size {args.batch_size}: must be a multiple of {rows}: --grad-accum, "
-            "--mini-batch-size")
-    if args.offload and not args.zero:
-        die("--offload: needs --zero 1, 2 or 3")
-    if args.dry_run:                                    # leaves what is in --out as it is
-        args.out = os.path.join(args.out, "dry_run")
-    return args
-
 
 # --------------------------------------------------------------------------------------------
 # Models: a causal LM with named LoRA adapters and named scalar heads

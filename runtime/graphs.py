@@ -18,8 +18,6 @@ from runtime.processes import CUDA, say
 
 # Only the length may change, and is marked: `dynamic` is off. A resumed run gets the same kernels.
 OPTIONS = dict(force_pointwise_cat=True, deterministic=True)
-
-
 say_once = functools.cache(say)
 
 

@@ -28,7 +28,7 @@ def test_commands(page):
     """Files and flags are there; a stage's parser takes the flags."""
     for words in commands(page):
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        source = text(words[at]) + text("common.py")
+        source = text(words[at]) + text("runtime/flags.py")
         flags = words[at + 1:]
         assert all(f'"{flag}"' in source for flag in flags if flag.startswith("--")), words
         if "/" not in words[at]:
