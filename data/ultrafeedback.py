@@ -36,7 +36,7 @@ HELDOUT = 0.02
 def rating(completion):
     """The mean rating, scaled to [-1, 1]; None if there is none."""
     annotations = (completion.get("annotations") or {}).values()
-    ratings = [annotation.get("Rating") for annotation in annotations]
+    ratings = [(annotation or {}).get("Rating") for annotation in annotations]
     numbers = [float(x) for x in ratings if x in ("1", "2", "3", "4", "5")]     # others are "N/A"
     return (sum(numbers) / len(numbers) - 3) / 2 if numbers else None
 
@@ -70,6 +70,7 @@ def make(paths, out):
     names = "sft", "gvm", "pairs", "prompts"
     files = {name + suffix: [] for name in names for suffix in ("", "_heldout")}
     dropped = collections.Counter()
+    seen = set()
     for path in paths:
         for raw in common.read_rows(path, ["instruction", "completions"]):
             try:
@@ -77,6 +78,10 @@ def make(paths, out):
             except (AttributeError, KeyError, TypeError) as e:
                 common.die(f"{path}: not a row of UltraFeedback ({e!r}): {str(raw)[:80]}")
             prompt = raw["instruction"]
+            if prompt in seen:
+                dropped["repeated prompts"] += 1
+                continue
+            seen.add(prompt)
             if len(rows) < 2:
                 dropped["prompts with fewer than two completions"] += 1
                 continue

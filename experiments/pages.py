@@ -56,7 +56,8 @@ def with_tables(text):
 
 def strangers(section):
     """The numbers of a section's prose that no page of results/ has which the section names."""
-    names = {name for name in re.findall(r"(\w+\.md)\b", section) if os.path.exists(f"{ROOT}/results/{name}")}
+    names = {name for name in re.findall(r"(\w+\.md)\b", section)
+             if name != "README.md" and os.path.exists(f"{ROOT}/results/{name}")}
     known = set(NUMBER.findall("\n".join(read(f"results/{name}") for name in names)))
     prose = "\n".join(line for line in section.splitlines() if not line.startswith("    "))
     for pattern in SETTINGS:

@@ -26,6 +26,7 @@ def row(folder):
         gold = [step["gold"] for step in metrics]
         final = np.mean(gold[-max(1, len(gold) // 10):])
         steps = reach(gold, gold[0] + 0.9 * (final - gold[0])) or len(gold)
+        steps = min(steps, len(gold))                   # a run shorter than the window
         seconds = [metrics[i]["seconds"] for i in (steps - 1, -1)]
         cells += [steps, *(f"{x:.0f}" for x in seconds)]
     else:

@@ -223,9 +223,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     names = list(RUNS) if args.runs == ["all"] else args.runs
     two_at_a_time(train, [(name, seed, args.dtype) for name in names for seed in RUNS[name][2]])
-    about = dict(command="python experiments/smollm2.py --runs all", commit=commit(),
+    found = collect()
+    names = " ".join(dict.fromkeys(run["run"] for run in found["runs"]))
+    about = dict(command=f"python experiments/smollm2.py --runs {names}", commit=commit(),
                  machine=machine("one thread per run, two runs at a time", args.dtype))
-    data = about | collect()
+    data = about | found
     write_results("smollm2", data, page(data))
 
 

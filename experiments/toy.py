@@ -175,6 +175,8 @@ def report(experiment, seeds):
     title, commands = EXPERIMENTS[experiment]
     last = list(commands)[-1]
     seeds = [seed for seed in seeds if os.path.exists(folder(seed, experiment, last) + "/done")]
+    if not seeds:
+        sys.exit(f"error: no seed has finished {experiment}; run it without --report")
     runs = {run: [final(folder(seed, experiment, run)) for seed in seeds] for run in commands}
     names = dict.fromkeys(name for command in commands.values() for name in models_of(command))
     models = {name: [about_model(seed, name) for seed in seeds] for name in names}

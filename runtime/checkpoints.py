@@ -177,6 +177,8 @@ class Checkpoints:
         for key, value in before.items():
             if key not in NOT_OF_THE_RUN and now.get(key, value) != value:
                 changed[key] = f"--{key.replace('_', '-')} {value} -> {now[key]}"
+        if "world_size" in changed:
+            die(f"--resume: {path} was written by {before['world_size']} processes; start as many")
         wrong = [changed[key] for key in changed if key not in MAY_CHANGE]
         if wrong:
             flags = ", ".join(wrong)

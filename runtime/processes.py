@@ -57,8 +57,10 @@ def missing_model(path, error):
     if os.path.isdir(path):
         return f"{path}: not a transformers folder with safetensors weights ({str(error).splitlines()[0]})"
     if path.startswith(LOCAL):
-        sft = re.match(r"out/([^/]+)/sft/", path)
-        made_by = f"sft.py --model {sft[1]}" if sft else "data/toy.py, or tools/scratch_model.py"
+        stages = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py")
+        run = re.match(r"out/([^/]+)/(sft|dvpo|ppo)/", path)
+        made_by = f"{stages[run[2]]} --model {run[1]}" if run else "data/toy.py, or tools/scratch_model.py"
+        made_by = "data/smollm2.py" if path.startswith("data/smollm2/") else made_by
         return f"{path}: no model there; make it with: python {made_by}"
     return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "
             "accept its licence there, or give --model a local folder")
@@ -118,7 +120,7 @@ LOCKED = {}                                             # path: its file descrip
 def lock(path):
     """Refuse a folder or file that another run is writing to. The lock ends with its process."""
     path = os.path.realpath(path)
-    if rank() > 0 or path in LOCKED:
+    if path in LOCKED or (dist.is_initialized() and rank() > 0):
         return
     LOCKED[path] = os.open(path, os.O_RDONLY)
     with contextlib.suppress(OSError):                  # there are file systems without locks
@@ -206,16 +208,20 @@ def write_json(path, value):
 def new_folder(path):
     """A folder for all ranks to write in, which replaces `path` only once it is complete."""
     tmp = path + ".tmp"
+    old = path + ".old"
     try:
         if rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
+            for leftover in tmp, old:
+                shutil.rmtree(leftover, ignore_errors=True)
             os.makedirs(tmp)
         barrier()
         yield tmp
         barrier()
         if rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
+            if os.path.exists(path):                    # two renames: never half a folder
+                os.rename(path, old)
             os.rename(tmp, path)
+            shutil.rmtree(old, ignore_errors=True)
         barrier()
     except (OSError, RuntimeError, SafetensorError) as e:
         if isinstance(e, RuntimeError) and "inline_container" not in str(e):        # torch.save's error

@@ -132,7 +132,7 @@ def as_number(x):
     """x, of numpy, torch or decimal too, as a float that float32 can hold; None: it is none, as True, "1"."""
     x = x.item() if getattr(x, "shape", None) == () else x
     is_number = isinstance(x, numbers.Real | decimal.Decimal) and not isinstance(x, bool)
-    return float(x) if is_number and abs(x) <= torch.finfo(torch.float32).max else None
+    return float(x) if is_number and x == x and abs(x) <= torch.finfo(torch.float32).max else None
 
 
 def prompt_text(prompt):

@@ -83,7 +83,13 @@ def test_how_a_batch_is_cut_changes_nothing(case):
     if stage in (dvpo, ppo_baseline):
         keys, cut = ["loss", "kl", "kl_step", "clip_frac", "q_mean", "gold"], ["--mini-batch-size", "2", *cut]
     argv = [*argv, "--out", path("cut", name), *(["--lora-dropout", "0"] if stage is train_gvm else [])]
-    with mock.patch("common.sort_by_length", lambda order, attn, size: order):
+    plain = common.packed_frame
+
+    def other_order(sequences, device="cpu"):
+        return plain(sequences[::-1] if stage is sft else sequences, device)
+
+    with (mock.patch("common.sort_by_length", lambda order, attn, size: order),
+          mock.patch("common.packed_frame", other_order)):
         unsorted = run(stage, *argv)
     for a, b in zip(unsorted, run(stage, *argv, *cut), strict=True):
         for key in keys:

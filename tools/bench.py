@@ -91,6 +91,8 @@ def make(shape):
 
 def child(parent, method, folder, argv):
     """The process of one method: waits before every step, sends its metrics after it."""
+    for name in common.LAUNCHER_VARIABLES:              # a world of its own
+        os.environ.pop(name, None)
     with open(f"{folder}/{method}.log", "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
@@ -114,6 +116,8 @@ def child(parent, method, folder, argv):
 def start(args, method, folder):
     """-> the process of one method, and the connection to it."""
     world = make(args.shape)
+    if CUDA:
+        torch.cuda.empty_cache()                        # the methods need the room
     prompts = f"{folder}/prompts.jsonl"
     value = "rm" if method == "ppo" else "gvm"
     argv = (f"--model {world}/model --init-from {world}/model --{value} {world}/{value} "

@@ -58,7 +58,8 @@ def start(name, command):
     words = ["--model", "tiny", "--init-from", "data/toy/model", "--out", f"{FOLDER}/{name}"]
     with open(f"{FOLDER}/{name}.log", "w") as log:
         argv = [sys.executable, script, *words, *flags]
-        return subprocess.Popen(argv, stdout=log, stderr=log)
+        own = {key: x for key, x in os.environ.items() if key not in common.LAUNCHER_VARIABLES}
+        return subprocess.Popen(argv, stdout=log, stderr=log, env=own)
 
 
 def metrics(name):
