@@ -48,7 +48,7 @@ RUNS = {
     "dvpo_from_0.05": ("DVPO, kl_coef from 0.05", "dvpo.py --kl-coef 0.05", [1]),
     "dvpo_from_0.5": ("DVPO, kl_coef from 0.5", "dvpo.py --kl-coef 0.5", [1]),
 }
-SUMMARY = "dvpo", "ppo", "dvpo_no_tau", "dvpo_lora", "grpo", "dpo"
+SUMMARY = "dvpo", "ppo", "dvpo_lora", "grpo", "dpo"
 
 # GVMs, trained by train_gvm.py with these flags
 GVMS = {
