@@ -390,7 +390,7 @@ def main(argv=None):
                 rng = np.random.default_rng([args.seed, step, run.rank])
                 tau, _ = common.draw_tau(
                     tok, buffer, gvm["tau_pairs"], tau_room, gvm["tau_length"], rng)
-                # In front of every row, since the critic is trained
+                # In front of every row, since the critic may be trained
                 critic_ids, critic_attn, _ = common.frame_behind_tau(
                     None, tok, tau, prompts, responses, device)
                 buffer = (prompts, responses)

@@ -57,7 +57,9 @@ def test_ppo_chain():
                path("toy/pairs_heldout.jsonl"), "--rm", path("rm/model"), "--rm-max-steps", 100, "--out",
                path("ppo"), "--max-steps", 4)
     assert all(r["ratio_first"] == 1.0 for r in rows) and rows[0]["kl"] == 0.0
-    assert read_json("rm/model/adapter.json")["accuracy"] > 0.75
+    assert read_json("rm/model/adapter.json")["accuracy"] == read_json("rm/eval.json")["accuracy"] > 0.75
+    assert {*read_json("rm/memory.json")["models"]} == {"trunk, reward model"}
+    assert {*read_json("ppo/memory.json")["models"]} == {"policy", "critic", "frozen"}
     rows = run(ppo_baseline, *RL, "--reward", os.path.join(HERE, "data/toy.py:gold_reward"), "--out",
                path("ppo_fn"), "--max-steps", 2)
     close(rows[0]["score"], rows[0]["gold"])            # the function replaces the reward model
@@ -179,3 +181,11 @@ def test_rows_without_names_make_a_gvm_without_tau():
     assert about["tau_pairs"] == 0 and about["sees_token"] is False
     row, = run(dvpo, *RL, "--gvm", path("unnamed/model"), "--out", path("unnamed_dvpo"), "--max-steps", 1)
     assert row["tau_pairs"] == row["tau_tokens"] == 0 and row["ratio_first"] == 1.0
+
+
+def test_the_defaults_of_gpt2_fit_its_positions():
+    """1,024: the preset gives a GVM, and an RL run within what that GVM was trained on."""
+    gvm = train_gvm.parse_args(["--model", "gpt2"])
+    rl = dvpo.parse_args(["--model", "gpt2"])
+    assert gvm.max_length <= 1024
+    assert common.room_for_tau(vars(gvm), rl, gvm.tau_pairs) > 0
