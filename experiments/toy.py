@@ -8,7 +8,7 @@ An experiment of your own is one more entry in EXPERIMENTS: a title, and a comma
 the other names of MODELS in a command stand for a model, which is trained first. Seeds 1 and 2 are those
 that settings were chosen on; the others decide nothing. Two runs at a time, one thread each.
 
-Writes out/seeds/SEED/RUN/..., results/EXPERIMENT.json and results/EXPERIMENT.md.
+Writes out/seeds/SEED/runs/RUN/..., results/EXPERIMENT.json and results/EXPERIMENT.md.
 """
 import argparse
 import functools
@@ -48,33 +48,24 @@ MODELS = {
 
 DVPO = "dvpo.py --gvm {gvm}"
 PPO = f"ppo_baseline.py --gvm {{gvm}} --rm {{rm}} {PAIRS}"
-CONSTANT = "--max-steps 150 --kl-target 0"              # a constant KL coefficient
 TARGET = "--kl-target 1.2 --kl-coef 0.2"                # one KL for all
+CRITIC_FREE = f"comparators/critic_free.py --rm {{rm}} {TARGET}"
 
-
-def grid(script):
-    """Learning rate and KL coefficient of DVPO or PPO."""
-    lrs = (1e-4, 3e-4)
-    kl_coefs = (0.02, 0.05, 0.1)
-    return {f"lr {lr:g}, kl_coef {kl_coef}": f"{script} {CONSTANT} --lr {lr:g} --kl-coef {kl_coef}"
-            for lr, kl_coef in itertools.product(lrs, kl_coefs)}
-
-
-# name: (title, {run: command}); differences are to the first run
+# name: (title, {run: command}); differences are to the first run. Runs of one name have one command
 EXPERIMENTS = {
     "methods": ("What a user might pick", {
-        "DVPO": f"{DVPO} {CONSTANT}",
-        "DVPO, no tau": f"{DVPO} {CONSTANT} --tau-pairs 0",
-        "PPO": f"{PPO} {CONSTANT}",
+        "DVPO": f"{DVPO} {TARGET}",
+        "DVPO, no tau": f"{DVPO} {TARGET} --tau-pairs 0",
+        "PPO": f"{PPO} {TARGET}",
         "DPO": f"comparators/dpo.py {PAIRS}",
-        "ReMax": "comparators/critic_free.py --method remax --rm {rm} --max-steps 150",
-        "GRPO": "comparators/critic_free.py --rm {rm} --max-steps 150",
-        "GRPO, no std, token mean": "comparators/critic_free.py --method dr_grpo --rm {rm} --max-steps 150",
-        "RLOO": "comparators/critic_free.py --method rloo --rm {rm} --max-steps 150",
+        "ReMax": f"{CRITIC_FREE} --method remax",
+        "GRPO": f"{CRITIC_FREE} --method grpo",
+        "Dr. GRPO": f"{CRITIC_FREE} --method dr_grpo",
+        "RLOO": f"{CRITIC_FREE} --method rloo",
     }),
     "critic": ("Where the value comes from", {
         "DVPO": f"{DVPO} {TARGET}",
-        "PPO, critic from the reward model": f"{PPO} {TARGET}",
+        "PPO": f"{PPO} {TARGET}",
         "PPO, critic from the GVM, trained on": f"{PPO} {TARGET} --critic-from gvm",
         "PPO, critic from the GVM, frozen": f"{PPO} {TARGET} --critic-from gvm --freeze-critic",
         "DVPO --advantage authors": f"{DVPO} {TARGET} --advantage authors",
@@ -84,30 +75,27 @@ EXPERIMENTS = {
         for (name, script), kl_coef in itertools.product((("DVPO", DVPO), ("PPO", PPO)), (0.05, 0.5))
     }),
     "exact": ("Behind values without error", {
-        "DVPO": f"{DVPO} {CONSTANT}",
-        "DVPO, exact values": f"experiments/exact.py {CONSTANT}",
-        "DVPO, exact values, no tau": f"experiments/exact.py {CONSTANT} --tau-pairs 0",
-        "PPO": f"{PPO} {CONSTANT}",
-        "PPO, gold reward": f"ppo_baseline.py --reward data/toy.py:gold_reward {CONSTANT}",
+        "DVPO": f"{DVPO} {TARGET}",
+        "DVPO, exact values": f"experiments/exact.py {TARGET}",
+        "DVPO, exact values, no tau": f"experiments/exact.py {TARGET} --tau-pairs 0",
+        "PPO": f"{PPO} {TARGET}",
+        "PPO, gold reward": f"ppo_baseline.py --reward data/toy.py:gold_reward {TARGET}",
     }),
     "choices": ("One choice at a time", {
         "DVPO": f"{DVPO} {TARGET}",
         "--advantage q": f"{DVPO} {TARGET} --advantage q",
         "--no-lr-decay": f"{DVPO} {TARGET} --no-lr-decay",
-        "no tau": f"{DVPO} {TARGET} --tau-pairs 0",
         **{name: f"dvpo.py --gvm {{{name}}} {TARGET}" for name in
            ("plain_head", "lambda_0", "lambda_1", "batch_norm", "one_pair", "three_pairs")},
     }),
     "cost": ("What the value costs", {
-        "GVM, 1.5 passes": f"{DVPO} {CONSTANT}",
-        "GVM, 0.5 passes": f"dvpo.py --gvm {{gvm_half}} {CONSTANT}",
-        "GVM, 1 pass": f"dvpo.py --gvm {{gvm_1}} {CONSTANT}",
-        "GVM, 3 passes": f"dvpo.py --gvm {{gvm_3}} {CONSTANT}",
-        "reward model, 3 passes": f"{PPO} {CONSTANT}",
-        "reward model, 1 pass": f"ppo_baseline.py --rm {{rm_1}} {PAIRS} {CONSTANT} --rm-epochs 1",
+        "DVPO": f"{DVPO} {TARGET}",
+        "DVPO, GVM of 0.5 passes": f"dvpo.py --gvm {{gvm_half}} {TARGET}",
+        "DVPO, GVM of 1 pass": f"dvpo.py --gvm {{gvm_1}} {TARGET}",
+        "DVPO, GVM of 3 passes": f"dvpo.py --gvm {{gvm_3}} {TARGET}",
+        "PPO": f"{PPO} {TARGET}",
+        "PPO, reward model of 1 pass": f"ppo_baseline.py --rm {{rm_1}} {PAIRS} {TARGET} --rm-epochs 1",
     }),
-    "tuning_dvpo": ("Settings of DVPO", grid(DVPO)),
-    "tuning_ppo": ("Settings of PPO", grid(PPO)),
 }
 
 
@@ -116,8 +104,9 @@ def models_of(command):
     return [name for name in re.findall(r"\{(\w+)\}", command) if name in MODELS]
 
 
-def folder(seed, experiment, run):
-    return f"out/seeds/{seed}/{experiment}/" + re.sub(r"[^\w.]+", "_", run)
+def folder(seed, run):
+    """A run of one name is the same in every experiment."""
+    return f"out/seeds/{seed}/runs/" + re.sub(r"[^\w.]+", "_", run)
 
 
 def train(command, seed, out):
@@ -149,7 +138,7 @@ def run_seed(experiment, seed):
     _, runs = EXPERIMENTS[experiment]
     prepare(seed, dict.fromkeys(name for command in runs.values() for name in models_of(command)))
     for run, command in runs.items():
-        train(command, seed, folder(seed, experiment, run))
+        train(command, seed, folder(seed, run))
 
 
 def about_model(seed, name):
@@ -174,10 +163,10 @@ def steps_to_ppo(runs, name):
 def report(experiment, seeds):
     title, commands = EXPERIMENTS[experiment]
     last = list(commands)[-1]
-    seeds = [seed for seed in seeds if os.path.exists(folder(seed, experiment, last) + "/done")]
+    seeds = [seed for seed in seeds if os.path.exists(folder(seed, last) + "/done")]
     if not seeds:
         sys.exit(f"error: no seed has finished {experiment}; run it without --report")
-    runs = {run: [final(folder(seed, experiment, run)) for seed in seeds] for run in commands}
+    runs = {run: [final(folder(seed, run)) for seed in seeds] for run in commands}
     names = dict.fromkeys(name for command in commands.values() for name in models_of(command))
     models = {name: [about_model(seed, name) for seed in seeds] for name in names}
     command = f"python experiments/toy.py {experiment} --seeds {' '.join(map(str, seeds))}"
