@@ -62,8 +62,8 @@ def parse_args(argv=None):
     flag("--batch-size", type=int, default=d.batch_size,
          help="rollouts per step and GPU (paper 8)")
     flag("--mini-batch-size", type=int, default=d.mini_batch_size,
-         help="rows per forward pass of an update (paper 2)")
-    flag("--grad-accum", type=int, default=d.grad_accum, help="passes per update (paper 2)")
+         help="rows per forward pass of an update (paper: 2, twice)")
+    flag("--grad-accum", type=int, default=d.grad_accum, help="forward passes per update (paper 2)")
     flag("--ppo-epochs", type=int, default=d.ppo_epochs,
          help="passes over the rollouts of a step (paper 4)")
     # Optimizer

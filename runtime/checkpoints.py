@@ -25,7 +25,7 @@ from runtime.processes import all_max, barrier, die, finish, gathered, new_folde
 MAY_CHANGE = {
     "max_steps", "epochs", "rm_max_steps", "rm_epochs", "save_every",
     "lr", "critic_lr", "rm_lr", "lr_decay", "warmup_steps", "kl_coef", "kl_target", "kl_stop", "clip",
-    "mini_batch_size", "grad_accum", "static_cache", "gradient_checkpointing", "ds_config",
+    "mini_batch_size", "grad_accum", "static_cache", "gradient_checkpointing", "compile", "ds_config",
     "heldout", "pairs_heldout", "prompts", "gold", "true_q", "min_gap"}
 NOT_OF_THE_RUN = {"out", "resume", "dry_run", "local_rank", "rm_asked"}
 KEPT = 2                                                # checkpoints of a run

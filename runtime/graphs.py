@@ -1,9 +1,9 @@
-"""Graphs: --static-cache, a rollout whose decode step is compiled by block, recorded by CUDA, and replayed.
+"""Graphs: --compile for passes over whole rows, --static-cache for rollouts.
 
-Without a graph the host launches every kernel of every layer for every token, and the GPU waits; without a
-compiler each norm and each rotary embedding is a dozen kernels. A graph needs memory that never moves: a KV
-cache of full length from the start.
-Open this file to make rollouts faster, or for an architecture with another attention or cache.
+Without a compiler each norm and each rotary embedding is a dozen kernels. A rollout has a second cost: the
+host launches every kernel of every layer for every token, and the GPU waits. So its step is also recorded as
+a CUDA graph and replayed. A graph needs memory that never moves: a KV cache of full length from the start.
+Open this file to make runs faster, or for an architecture with another attention or cache.
 """
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, Stat
 
 from runtime.processes import CUDA, say
 
-# Only the length may change, and is marked: `dynamic` is off. A resumed run gets the same kernels.
+# A resumed run gets the same kernels. In a rollout only the length changes, and is marked.
 OPTIONS = dict(force_pointwise_cat=True, deterministic=True)
 say_once = functools.cache(say)
 
@@ -74,12 +74,47 @@ AttentionInterface.register("one_token", one_token)
 
 
 @functools.cache
-def compiled_block():
-    """One compiled function for all blocks: their weights and caches are its inputs."""
+def compiled_block(dynamic=False):
+    """One compiled function for all blocks: their weights and caches are its inputs.
+
+    dynamic: for whole rows, of any number and length.
+    """
     def run_block(block, *args, **kwargs):
         return type(block).forward(block, *args, **kwargs)
 
-    return torch.compile(run_block, fullgraph=True, dynamic=False, options=OPTIONS)
+    return torch.compile(run_block, fullgraph=True, dynamic=dynamic, options=OPTIONS)
+
+
+def blocks_of(trunk):
+    """The transformer blocks of a text model."""
+    lists = [m for m in trunk.modules() if isinstance(m, torch.nn.ModuleList)]
+    return next((m for m in lists if len(m) == trunk.config.num_hidden_layers), [])
+
+
+def compile_blocks(model):
+    """--compile: forward and backward passes without a KV cache run compiled blocks.
+
+    The number of a layer would be compiled into a block with a cache.
+    """
+    compiles = True
+
+    def forward(block, *args, **kwargs):
+        nonlocal compiles
+        has_cache = any(isinstance(x, Cache) for x in (*args, *kwargs.values()))
+        if compiles and not has_cache:
+            try:
+                return compiled_block(dynamic=True)(block, *args, **kwargs)
+            except Exception as e:                      # no compiler, or a block that it does not understand
+                compiles = False
+                say_once(f"--compile: going on without ({first_line(e)})")
+        return type(block).forward(block, *args, **kwargs)
+
+    for block in blocks_of(model.lm.get_decoder()):
+        block.forward = functools.partial(forward, block)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def unfit(decoder):
@@ -135,8 +170,7 @@ class StaticDecoder:
         self.token = decoder.positions.clone()
         self.graph = None
         self.warm = 0                                   # calls without a graph
-        lists = [m for m in decoder.trunk.modules() if isinstance(m, torch.nn.ModuleList)]
-        self.blocks = next((m for m in lists if len(m) == len(layers)), [])
+        self.blocks = blocks_of(decoder.trunk)
 
     def run_compiled(self, block, layer, *args, **kwargs):
         """A block whose cache is its own layer: the number of the layer would be compiled into it."""
@@ -149,6 +183,7 @@ class StaticDecoder:
         """Logits after self.token. Half a step does no harm: the same step, uncompiled, writes over it."""
         config = self.decoder.trunk.config
         blocks = self.blocks if StaticDecoder.compiles else []
+        forwards = [block.forward for block in blocks]
         config._attn_implementation = "one_token"
         for block, layer in zip(blocks, self.decoder.cache.layers, strict=False):   # all, or none
             block.forward = functools.partial(self.run_compiled, block, layer)
@@ -159,15 +194,14 @@ class StaticDecoder:
                 raise
             self.give_up(e)
         finally:
-            for block in blocks:
-                del block.forward
+            for block, forward in zip(blocks, forwards, strict=True):
+                block.forward = forward
             config._attn_implementation = "sdpa"
         return self.step()
 
     def give_up(self, error):
         StaticDecoder.compiles = False
-        why = (str(error).splitlines() or [""])[0]
-        say_once(f"torch.compile: decoding goes on without ({type(error).__name__}: {why})")
+        say_once(f"torch.compile: decoding goes on without ({first_line(error)})")
 
     def append(self):
         """Append self.token, all in place and without the host: what a graph can hold."""

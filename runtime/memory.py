@@ -50,12 +50,17 @@ def memory_plan(models, args, out, rows, length, sampled=0, decode=(0, 0)):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * width * element                  # bytes per token
-    logits = min(CHUNK, rows * sampled) * config.vocab_size * (4 + element)
     rollout = decode[0] * (decode[1] * cache + config.vocab_size * 12)
     if decode[0] and not getattr(args, "gradient_checkpointing", False):            # graphs.merged
         rollout += sum(layer.base.weight.nbytes for layer in policy.lora_layers())
-    plan["activations, or KV cache of the rollout"] = max(rows * length * per_token + logits, rollout)
+    always = sum(plan.values())
 
+    def step(rows):
+        """The larger one of an update with so many rows per pass and the rollout."""
+        logits = min(CHUNK, rows * sampled) * config.vocab_size * (4 + element)
+        return max(rows * length * per_token + logits, rollout)
+
+    plan["activations, or KV cache of the rollout"] = step(rows)
     total = sum(plan.values())
     free = psutil.virtual_memory().available + held
     if CUDA:
@@ -69,8 +74,11 @@ def memory_plan(models, args, out, rows, length, sampled=0, decode=(0, 0)):
     found = dict(plan=plan, total=total, free=free, models=about)
     write_json(os.path.join(out, "memory.json"), found)
     if all_max(int(total > free)):
-        die(f"needs {total / MB:,.0f} MB and {free / MB:,.0f} MB are free; try --lora (dvpo.py), "
-            "--zero 3, --offload, --gradient-checkpointing, smaller --mini-batch-size, larger --grad-accum")
+        fewer = [fit for fit in range(rows - 1, 0, -1) if always + step(fit) <= free]
+        passes = f"{fewer[0]} rows per pass, which would fit" if fewer else "fewer rows per pass"
+        die(f"needs {total / MB:,.0f} MB and {free / MB:,.0f} MB are free; try {passes} (lower "
+            "--mini-batch-size, higher --grad-accum), --lora (dvpo.py), --zero 3, --offload or "
+            "--gradient-checkpointing")
 
 
 def context_length(config):

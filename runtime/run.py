@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.checkpoints import Checkpoints, save_adapter, save_model
+from runtime.graphs import compile_blocks
 from runtime.memory import memory_plan
 from runtime.metrics import Metrics, peak_bytes, synchronize
 from runtime.processes import (
@@ -108,11 +109,15 @@ class Run:
         """
         if decodes and self.args.zero == 3:             # before DeepSpeed shards the weights
             self.copies[id(model)] = copy.deepcopy(model).requires_grad_(False).eval()
+        if self.args.compile:
+            compile_blocks(model)
         self.engines[name] = engine(model, self.args, lr, rows, accum)
         return self.engines[name]
 
     def frozen(self, model):
         """A model that only runs forward: as it is, or at ZeRO-3 sharded over the ranks."""
+        if self.args.compile:
+            compile_blocks(model)
         if self.args.zero == 3:
             model = deepspeed.initialize(model=model, config=ds_config(self.args, model, 1))[0]
         model.eval()

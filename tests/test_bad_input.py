@@ -102,6 +102,8 @@ FLAGS = [
     ("--save-every 0", "--save-every"),
     ("--ppo-epochs 0", "--ppo-epochs"),
     ("--offload --zero 0", "--offload"),
+    ("--compile --gradient-checkpointing", "--compile"),
+    ("--compile --zero 3", "--compile"),
     ("--gold nothing.py:f", "nothing.py"),
     ("--gold data/toy.py:nothing", "no function 'nothing'"),
     ("--reward data/toy.py:gold_reward", "--gold data/toy.py:gold_reward"),

@@ -211,6 +211,10 @@ def test_what_cannot_fit_is_refused_before_it_starts():
         refused(lambda: dvpo.main(argv), "--lora", "--mini-batch-size", "MB are free")
     with open(path("big/memory.json")) as f:
         memory = json.load(f)
+    # One byte too little: a row less per pass would fit, and the error says so
+    held = memory["free"] + 10**12
+    with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=memory["total"] - held - 1)):
+        refused(lambda: dvpo.main(argv), "try 31 rows per pass, which would fit")
     plan, policy = memory["plan"], memory["models"]["policy"]
     n = policy["parameters"]
     assert memory["total"] == sum(plan.values()) and policy["trainable"] == n

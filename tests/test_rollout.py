@@ -149,9 +149,46 @@ def test_compiled_blocks():
                 after = kernels(static, token[0])
                 assert common.StaticDecoder.compiles
     assert 1000 < before < 1200 and after <= 400, (before, after)
-    assert not any("forward" in vars(block) for block in model.lm.model.layers)
+    assert all(block.forward == type(block).forward.__get__(block) for block in model.lm.model.layers)
     found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert found == 1, found
+    graphs.compiled_block.cache_clear()
+
+
+def test_compiled_passes():
+    """--compile: few graphs for all layers and rows of any number and length; equal gradients."""
+    if not shutil.which("g++"):
+        pytest.skip("no compiler")
+    torch._dynamo.reset()
+    graphs.compiled_block.cache_clear()
+    model = narrow_llama(5)
+    model.requires_grad_(False).add_adapter("policy", 4, 8)
+    own = model.adapter_parameters("policy").values()
+    for p in own:
+        torch.nn.init.normal_(p, std=0.1)
+
+    def log_probs(rows, length):
+        """With a gradient, as in training, and without, as in scoring."""
+        ids = torch.randint(0, 512, (rows, length), generator=torch.Generator().manual_seed(length))
+        logp = model(ids, torch.ones_like(ids), length // 2, "policy")
+        with torch.no_grad():
+            scored = model(ids, torch.ones_like(ids), length // 2, "policy")
+        return logp, scored, torch.autograd.grad(logp.sum(), own)
+
+    shapes = (2, 30), (4, 19), (3, 64)
+    want = [log_probs(*shape) for shape in shapes]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        graphs.compile_blocks(model)
+        for shape, (logp, _, gradients) in zip(shapes, want, strict=True):
+            compiled, scored, compiled_gradients = log_probs(*shape)
+            close(compiled, logp, 1e-5)
+            assert (scored - compiled).abs().max() < 1e-6           # the first ratio
+            for a, b in zip(compiled_gradients, gradients, strict=True):
+                close(a, b, 1e-4)
+    found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # Training: the first block, whose input has no gradient, and the others
+    assert found <= 4 and not said.getvalue(), (found, said.getvalue())
     graphs.compiled_block.cache_clear()
 
 
@@ -163,7 +200,8 @@ def test_without_a_compiler():
 
     def compiles_nothing(function, **options):
         def fails(block, hidden, *args, **kwargs):
-            kwargs["past_key_values"].update(*torch.randn(2, 4, 2, 1, 16))         # half a step is done
+            if cache := kwargs["past_key_values"]:
+                cache.update(*torch.randn(2, 4, 2, 1, 16))                          # half a step is done
             raise RuntimeError("no compiler\nlong story")
         return fails
 
@@ -177,9 +215,14 @@ def test_without_a_compiler():
                 static(t)
                 close(static.logits, growing.logits, 1e-4)
             assert not common.StaticDecoder.compiles
+            ids = torch.randint(0, 512, (2, 9))
+            want = model(ids, torch.ones_like(ids), 4)
+            graphs.compile_blocks(model)
+            close(model(ids, torch.ones_like(ids), 4), want, 0)
     graphs.compiled_block.cache_clear()
-    line = "torch.compile: decoding goes on without (RuntimeError: no compiler)\n"
-    assert said.getvalue() == line
+    lines = ["torch.compile: decoding goes on without (RuntimeError: no compiler)"]
+    lines.append("--compile: going on without (RuntimeError: no compiler)")
+    assert said.getvalue().splitlines() == lines
 
 
 @torch.no_grad()

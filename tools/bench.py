@@ -56,7 +56,12 @@ SHAPES = {
     "llama3-3b": llama3(3072, 8192, 28, 24, tied=True),
     "llama3-8b": llama3(4096, 14336, 32, 32, tied=False),
 }
-STAGES = {"ppo": ppo_baseline, "dvpo": dvpo, "lora": dvpo}
+# name: (stage, its flags)
+METHODS = {
+    "ppo": (ppo_baseline, ""), "dvpo": (dvpo, ""), "lora": (dvpo, "--lora"),
+    "ppo-compile": (ppo_baseline, "--compile"), "dvpo-compile": (dvpo, "--compile"),
+    "lora-compile": (dvpo, "--lora --compile"),
+}
 DEVICE = "cuda" if CUDA else "cpu"
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -110,7 +115,8 @@ def child(parent, method, folder, argv):
 
     common.Metrics.log = log_and_wait
     parent.recv()
-    STAGES[method].main(argv)
+    stage, _ = METHODS[method]
+    stage.main(argv)
 
 
 def start(args, method, folder):
@@ -119,13 +125,12 @@ def start(args, method, folder):
     if CUDA:
         torch.cuda.empty_cache()                        # the methods need the room
     prompts = f"{folder}/prompts.jsonl"
-    value = "rm" if method == "ppo" else "gvm"
+    stage, flags = METHODS[method]
+    value = "rm" if stage is ppo_baseline else "gvm"
     argv = (f"--model {world}/model --init-from {world}/model --{value} {world}/{value} "
             f"--data {prompts} --heldout {prompts} --out {folder}/{method} --zero {int(CUDA)} "
             f"--max-prompt-length {args.prompt} --max-new-tokens {args.new} --lr 1e-6 "
-            f"--batch-size {args.batch_size} --save-every 1000000").split()
-    if method == "lora":
-        argv.append("--lora")
+            f"--batch-size {args.batch_size} --save-every 1000000 {flags}").split()
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=child, args=(theirs, method, folder, argv))
     process.start()
@@ -286,7 +291,8 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("--shape", choices=SHAPES, default="124M", help="sizes of the model")
-    p.add_argument("--methods", nargs="+", choices=STAGES, default=[*STAGES], help="in turns")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=["ppo", "dvpo", "lora"],
+                   help="in turns")
     p.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     p.add_argument("--new", type=int, default=128, help="new tokens")
     p.add_argument("--batch-size", type=int, default=8, help="rows of a rollout (paper)")
@@ -296,7 +302,7 @@ def main(argv=None):
     to = f"results/bench_{'gpu' if CUDA else 'cpu'}.json"
     p.add_argument("--to", type=pathlib.Path, default=to, help="where results go")
     if "--card" in words:
-        p.set_defaults(shape="llama3-3b", prompt=256, new=1024, rounds=2)
+        p.set_defaults(shape="llama3-3b", prompt=256, new=1024, rounds=2, methods=[*METHODS])
     args = p.parse_args(words)
     if args.card and not CUDA:
         p.error("--card: needs a CUDA machine")
