@@ -20,7 +20,7 @@ demo: .venv/ready       ## everything from nothing to the table and the figures,
 	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was bland . the staff was not rude ." --policy good --out out/tiny/flipped
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/sft.json --policy out/tiny/sft/model
-	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdicts.jsonl
+	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdict.json
 	$(PY) experiments/report.py
 	$(PY) tools/plot.py
 	$(PY) tools/plot.py --heatmap out/tiny/gvm/show.json out/tiny/flipped/show.json --to out/tiny/heatmap.png

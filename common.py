@@ -34,9 +34,8 @@ from transformers.utils import logging as hf_logging
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
 from runtime.checkpoints import load_adapter, save_adapter, save_model
 from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
-from runtime.flags import Help, flags, parse
+from runtime.flags import Help, check_context, context_length, flags, parse
 from runtime.graphs import StaticDecoder, merged, static_decoder
-from runtime.memory import CHUNK, activation_bytes, check_context, context_length
 from runtime.metrics import Metrics, Progress, mean_over_ranks
 from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum
 from runtime.processes import check_writable, die, finish, gathered, lock, missing_model
@@ -45,6 +44,8 @@ from runtime.rows import Rows, as_messages, behind_system, check_lengths, load_f
 from runtime.rows import only_text, read_rows
 from runtime.run import Run
 # isort: on
+
+CHUNK = 1024                                            # positions whose logits exist at one time
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()

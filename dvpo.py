@@ -199,16 +199,13 @@ def main(argv=None):
         trunk.add_adapter("policy", r=8, alpha=32)
         model = trunk
         adapter = "policy"
-        models = {"policy": trunk}
     else:
         model = common.load_model(args.init_from, args)
         adapter = None
-        models = {"policy": model, "frozen": trunk}
 
-    # Stop before any work where memory or positions are too few.
+    # Stop before any work where positions are too few
     length = args.max_prompt_length + args.max_new_tokens
-    kv_cache = (args.batch_size, length)                            # rows and tokens of a rollout
-    run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
+    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
     tau_room = common.room_for_tau(gvm, args, tau_pairs)            # tokens
 
     # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights

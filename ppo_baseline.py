@@ -215,7 +215,7 @@ def train_reward_model(args, tok):
     pairs_per_step = args.rm_batch_size * run.world
     # Passes over the pairs, or a number of steps
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / pairs_per_step)
-    run.plan_memory({"trunk, reward model": model}, 2 * args.rm_batch_size, args.max_length)
+    common.check_context(model, args.max_length, "--max-length")
     engine = run.engine("rm", model, args.rm_lr, args.rm_batch_size)
 
     def score_pairs(pairs):
@@ -306,28 +306,21 @@ def main(argv=None):
     # The policy is a second model. The critic is a third, and predicts in units of the score.
     model = common.load_model(args.init_from, args)
     critic_model = common.load_model(args.init_from, args, trainable=not args.freeze_critic)
-    length = args.max_prompt_length + args.max_new_tokens
-    critic_length = length
     if args.critic_from == "gvm":
         # The GVM learned raw rewards; in RL the reward model's score is standardised
         made_by = f"python train_gvm.py --model {args.model}"
         gvm = common.load_adapter(trunk, tok, args.gvm, made_by, needs=("reward_mean",))
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
         start_critic(critic_model, trunk, "gvm", *unit)
-        # This critic reads tau in front of every row
-        critic_length = gvm["max_length"]
     elif reward is None:
         start_critic(critic_model, trunk, "rm", rm["mean"], rm["std"])
     else:
         # A reward function says nothing of values: the head starts at 0
         critic_model.add_head("critic")
-    # What a step holds at once
-    models = {"policy": model, "critic": critic_model, "frozen": trunk}
 
-    # Stop before any work where memory or positions are too few.
-    kv_cache = (args.batch_size, length)                            # rows and tokens of a rollout
-    run.plan_memory(
-        models, args.mini_batch_size, critic_length, args.max_new_tokens, kv_cache)
+    # Stop before any work where positions are too few
+    length = args.max_prompt_length + args.max_new_tokens
+    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
     if args.critic_from == "gvm":
         tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])     # tokens
 

@@ -129,8 +129,7 @@ def main(argv=None):
     # The model, whole; DeepSpeed over it
     model = common.load_model(args.init_from, args)
     rows_per_pass = args.batch_size // args.grad_accum
-    # Stop before any work where memory or positions are too few
-    run.plan_memory({"policy": model}, rows_per_pass, args.max_length, args.max_length)
+    common.check_context(model, args.max_length, "--max-length")
     policy = run.engine(
         "policy", model, args.lr, rows_per_pass, args.grad_accum, decodes=bool(reward))
     rows_per_update = args.batch_size * run.world            # all ranks together

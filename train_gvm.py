@@ -376,10 +376,9 @@ def main(argv=None):
     # The value model is an adapter and a head on the frozen SFT model.
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm", sees_token=not args.plain_head)
-    # Stop before any work where memory or positions are too few
-    rows_per_pass = args.batch_size // args.grad_accum
-    run.plan_memory({"trunk, GVM": gvm}, rows_per_pass, args.max_length)
+    common.check_context(gvm, args.max_length, "--max-length")
     # DeepSpeed over adapter and head, all that is trained
+    rows_per_pass = args.batch_size // args.grad_accum
     engine = run.engine("gvm", gvm, args.lr, rows_per_pass, args.grad_accum)
     rows_per_update = args.batch_size * run.world               # all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / rows_per_update)

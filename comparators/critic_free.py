@@ -183,11 +183,9 @@ def main(argv=None):
         trunk.add_adapter("policy", r=8, alpha=32)
         model = trunk
         adapter = "policy"
-        models = {"policy": trunk}
     else:
         model = common.load_model(args.init_from, args)
         adapter = None
-        models = {"policy": model, "frozen": trunk}
 
     # A rollout has B sampled responses, a group in a row; then the greedy one of each prompt.
     B = args.batch_size
@@ -195,10 +193,9 @@ def main(argv=None):
     n_greedy = n_prompts if args.baseline == "greedy" else 0
     rollout_args = with_greedy_rows(args, n_greedy, device) if n_greedy else args
 
-    # Stop before any work where memory or positions are too few.
+    # Stop before any work where positions are too few
     length = args.max_prompt_length + args.max_new_tokens
-    kv_cache = (B + n_greedy, length)                               # rows and tokens
-    run.plan_memory(models, args.mini_batch_size, length, args.max_new_tokens, kv_cache)
+    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
 
     # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
     policy = run.engine(

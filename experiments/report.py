@@ -13,14 +13,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from experiments.shared import reach, read_json, read_lines, table
 
 NAMES = ["", "gold reward", "KL to SFT", "RL steps to 90 % of its own gain", "seconds to there",
-         "seconds in all", "peak MB", "parameters held", "trained"]
+         "seconds in all", "peak MB"]
 
 
 def row(folder):
     """One stage: what it ended with, what it took."""
     metrics = read_lines(f"{folder}/metrics.jsonl")
     summary = read_json(f"{folder}/summary.json")
-    models = read_json(f"{folder}/memory.json")["models"].values()
     cells = [os.path.basename(folder).upper(), f"{summary['gold']:.3f}", f"{summary.get('kl', 0):.2f}"]
     if "gold" in metrics[0]:
         gold = [step["gold"] for step in metrics]
@@ -31,8 +30,7 @@ def row(folder):
         cells += [steps, *(f"{x:.0f}" for x in seconds)]
     else:
         cells += ["", "", ""]
-    cells.append(f"{max(step['peak_bytes'] for step in metrics) / 2**20:.0f}")
-    return cells + [f"{sum(model[key] for model in models):,}" for key in ("parameters", "trainable")]
+    return cells + [f"{max(step['peak_bytes'] for step in metrics) / 2**20:.0f}"]
 
 
 def main(argv=None):

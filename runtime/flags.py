@@ -3,10 +3,12 @@
 Open this file to add a model, or to change a default. Flags of one stage stand in that stage.
 """
 import argparse
+import contextlib
 import math
 import os
 
-from runtime.memory import positions
+from transformers import AutoConfig
+
 from runtime.processes import CUDA, die, say
 
 DS_CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "ds_config.json")
@@ -136,3 +138,36 @@ def parse(p, argv):
     if args.dry_run:                                    # leaves what is in --out as it is
         args.out = os.path.join(args.out, "dry_run")
     return args
+
+
+def context_length(config):
+    """Tokens that a model can hold; 2^30 where its configuration names no limit.
+
+    Some rotary embeddings (longrope, dynamic NTK) depend on the longest row once they are beyond the length
+    of the pretraining: a row's log-probs would then depend on its batch. For them that length is the limit.
+    """
+    config = config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    for part in [rope, *by_layer_type]:
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            original = part.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            context = min(context, original or context)
+    return context
+
+
+def positions(path):
+    """The context length of the model in a local folder; 2^30 where there is no model."""
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isdir(path):
+            return context_length(AutoConfig.from_pretrained(path))
+    return 1 << 30
+
+
+def check_context(model, tokens, flags):
+    """Refuse what the positions of the model cannot hold."""
+    context = context_length(model.lm.config)
+    if tokens > context:
+        die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")

@@ -52,6 +52,16 @@ def say(line):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def report_error(kind, error, trace):
+    """sys.excepthook: what the memory cannot hold ends a run in one line, as wrong input does."""
+    too_large = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if not too_large:
+        return sys.__excepthook__(kind, error, trace)
+    advice = ("out of memory; try fewer rows per pass (lower --mini-batch-size, higher --grad-accum), --lora "
+              "(dvpo.py), --zero 3, --offload or --gradient-checkpointing; --dry-run prints a step's peak")
+    print(f"error: {advice}", file=sys.stderr, flush=True)
+
+
 def missing_model(path, error):
     """The error message for a model that cannot be loaded: where it would come from."""
     if os.path.isdir(path):
@@ -68,6 +78,7 @@ def missing_model(path, error):
 
 def start(args, out):
     """Join the process group, seed every rank, make the folder `out` and lock it -> the device."""
+    sys.excepthook = report_error
     if "RANK" not in os.environ:                        # plain python: a world of one, on a free port
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

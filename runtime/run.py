@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from runtime.checkpoints import Checkpoints, save_adapter, save_model
 from runtime.graphs import compile_blocks
-from runtime.memory import memory_plan
 from runtime.metrics import Metrics, peak_bytes, synchronize
 from runtime.processes import (
     CUDA,
@@ -97,10 +96,6 @@ class Run:
         self.world = world()
         self.engines = {}                               # name: DeepSpeed engine
         self.copies = {}                                # id of a model: the copy that decodes for it
-
-    def plan_memory(self, models, rows, length, sampled=0, decode=(0, 0)):
-        """Print what the run will hold, and end it where memory or positions are too few: memory_plan."""
-        memory_plan(models, self.args, self.out, rows, length, sampled, decode)
 
     def engine(self, name, model, lr, rows, accum=1, decodes=False):
         """DeepSpeed over what is trainable in the model: `accum` passes of `rows` rows per update.

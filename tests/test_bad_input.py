@@ -164,7 +164,7 @@ def test_what_a_reward_function_returns(program, answer):
     if program is label:
         argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", path("labels")]
     if program is judge:
-        argv = [path("odd_answers.json"), path("odd_answers.json"), "--to", path("odd_verdicts.jsonl")]
+        argv = [path("odd_answers.json"), path("odd_answers.json"), "--to", path("odd_verdict.json")]
     returned = str(eval(answer))
     flag = "--gold" if program is dvpo else "--reward"
     refused(lambda: program.main([*argv, flag, path("odd_reward.py:reward")]),

@@ -1,7 +1,6 @@
 import argparse
 import contextlib
 import io
-import json
 from unittest import mock
 
 import pytest
@@ -204,26 +203,17 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
     refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")
 
 
-def test_what_cannot_fit_is_refused_before_it_starts():
-    world()
-    argv = ["--gvm", path("gvm/model"), *RL, "--out", path("big")]
-    with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=-10**12)):
-        refused(lambda: dvpo.main(argv), "--lora", "--mini-batch-size", "MB are free")
-    with open(path("big/memory.json")) as f:
-        memory = json.load(f)
-    # One byte too little: a row less per pass would fit, and the error says so
-    held = memory["free"] + 10**12
-    with mock.patch("psutil.virtual_memory", return_value=mock.Mock(available=memory["total"] - held - 1)):
-        refused(lambda: dvpo.main(argv), "try 31 rows per pass, which would fit")
-    plan, policy = memory["plan"], memory["models"]["policy"]
-    n = policy["parameters"]
-    assert memory["total"] == sum(plan.values()) and policy["trainable"] == n
-    assert plan["weights"] == sum(model["bytes"] for model in memory["models"].values()) > 8 * n
-    assert plan["gradients"] == 4 * n and plan["optimizer"] == 8 * n
+def test_too_little_memory_ends_in_one_line():
+    from runtime.processes import report_error
 
-
-def test_activation_bytes():
-    assert common.activation_bytes(tiny_gpt2()) > 2 * (3 + 4) * 64 * 4     # q, k, v and the MLP's inner state
+    for error in torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[x] can't allocate memory: 12"):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            report_error(type(error), error, None)
+        line, = said.getvalue().splitlines()
+        assert line.startswith("error: out of memory; try fewer rows") and "--lora" in line
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        report_error(RuntimeError, RuntimeError("another"), None)
+    assert "RuntimeError: another" in said.getvalue()
 
 
 def test_gelu_of_gpt2_is_fused():
@@ -269,6 +259,23 @@ def test_defaults_fit_into_the_context_of_a_folder():
     assert dvpo.parse_args(["--model", "llama3-3b"]).max_new_tokens == 1024
 
 
+def kept_bytes(model):
+    """What the backward pass of one row keeps beside the weights."""
+    ids = torch.arange(16)[None]
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()                                       # --gradient-checkpointing works in train mode only
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model.hidden(ids, torch.ones_like(ids), 15)
+    del out                                             # kept until here, so that no address is used twice
+    return sum(size for address, size in kept.items() if address not in weights)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory():
     world()
     flags = (*RL, "--gvm", path("gvm/model"), "--max-steps", 2, "--batch-size", 16, "--mini-batch-size", 8)
@@ -279,8 +286,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         close(a["kl"], b["kl"], 1e-5)
         assert b["ratio_first"] == 1.0
     recomputing = argparse.Namespace(dtype="auto", gradient_checkpointing=True)
-    before = common.activation_bytes(common.load_model(path("sft/model")))
-    after = common.activation_bytes(common.load_model(path("sft/model"), recomputing))
+    before = kept_bytes(common.load_model(path("sft/model")))
+    after = kept_bytes(common.load_model(path("sft/model"), recomputing))
     assert 0 < after < 0.5 * before
 
 

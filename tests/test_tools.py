@@ -1,13 +1,12 @@
 import argparse
 import contextlib
-import http.server
 import importlib
 import io
 import json
 import os
+import pathlib
 import subprocess
 import sys
-import threading
 from unittest import mock
 
 import numpy as np
@@ -19,6 +18,7 @@ import common
 import ppo_baseline
 import train_gvm
 from data import toy
+from tools import judge
 
 
 def test_label_goes_on_where_it_stopped():
@@ -99,8 +99,7 @@ def test_bench_steps(bench_main):
     for method in ppo, lora:
         phases = sum(method[f"sec_{phase}"] for phase in ("generate", "score", "train"))
         assert 0 < phases < method["sec_step"] and method["rounds"] == [method["sec_step"]]
-        assert 2**28 < method["planned"] == sum(method["plan"].values())    # with Python's libraries
-    assert lora["plan"]["optimizer"] < ppo["plan"]["optimizer"]
+        assert method["peak"] > 2**27
     assert f"| {lora['sec_step'] / ppo['sec_step']:.3f} | {lora['peak'] / ppo['peak']:.3f} |" in page
 
 
@@ -232,64 +231,8 @@ def test_plot():
             assert f.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def completion(text, **usage):
-    """What a chat API returns; some do not say what was used."""
-    reply = dict(choices=[dict(message=dict(content=text))])
-    return json.dumps(reply | (dict(usage=usage) if usage else {})).encode()
-
-
-def verdict(number, body):
-    """(status, bytes) of call `number`: the first four fail, each in another way; then an answer's score is
-    its length, but for the judges that are called otherwise."""
-    user = body["messages"][1]["content"]
-    failures = {1: (500, b"{}"), 2: (429, b"{}"), 3: (200, b"cut short"),
-                4: (200, completion("I would rather not.", prompt_tokens=7, completion_tokens=5))}
-    if body["model"] == "no-such":
-        return 401, b"who are you"
-    if body["model"] == "picky" and "question 3" in user:
-        return 400, b"too long"
-    if number in failures:
-        return failures[number]
-    score = min(5, len(user.split("<response>: ")[1].split()))
-    said = f"Score: {score} Evaluation evidence: its length"
-    return 200, completion(said, prompt_tokens=100, completion_tokens=10)
-
-
-class Api(http.server.BaseHTTPRequestHandler):
-    """A chat API on loopback."""
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(dict(body, auth=self.headers["Authorization"], path=self.path))
-        code, out = verdict(len(self.server.asked), body)
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(out) + 9 * (out == b"cut short")))
-        self.end_headers()
-        self.wfile.write(out)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def api(monkeypatch):
-    """-> the calls that it was asked."""
-    from tools import judge
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(judge, "WAIT", 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    yield server.asked
-    server.shutdown()
-
-
 def run_judge(*argv):
     """tools/judge.py on the answers a.json and b.json -> its result."""
-    from tools import judge
-
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return judge.main([path("a.json"), path("b.json"), *argv])
 
@@ -306,52 +249,17 @@ def write_answers(**answers):
 SIX_WINS_THREE_LOSSES_A_TIE = dict(a=["one two three"] * 6 + ["one"] * 4, b=["one two"] * 9 + ["one"])
 
 
-@pytest.mark.parametrize("text, score", [
-    ("Score: 4", 4), ("**Score:** 4", 4), ("Total score: 3.5/5", 3.5), ("Score: {2}", 2), ("score:\n0", 0),
-    ("Score: 10", None), ("Score: -1", None), ("Score: \u22121", None), ("a 4", None), ("Scores: 4", None)])
-def test_judge_reads_a_score(text, score):
-    from tools import judge
-
-    assert judge.read_score(text) == score
-
-
-def test_judge(api):
+def test_judge():
     write_answers(**SIX_WINS_THREE_LOSSES_A_TIE)
-    got = run_judge("--to", path("v.jsonl"), "--at-once", "1")
-    assert (got["wins"], got["ties"], got["losses"], got["questions"]) == (6, 1, 3, 10)
-    assert (got["unanswered"], got["only_in_one"]) == (0, 2)
+    with open(path("length.py"), "w") as f:
+        f.write("def score(prompt, response):\n    return len(response.split())\n")
+    by_length = ("--reward", path("length.py:score"))
+    got = run_judge("--to", path("v.json"), *by_length)
+    assert (got["wins"], got["ties"], got["losses"], got["only_in_one"]) == (6, 1, 3, 2)
     close(got["win_rate"], 0.65)
     assert got["interval"][0] < 0.65 < got["interval"][1]
-    # 19 calls, as the tie's answers are one text; three failed without a bill; a fourth was billed
-    assert len(api) == 19 + 4 and got["tokens_in"] == 19 * 100 + 7 and got["tokens_out"] == 19 * 10 + 5
-    first = api[0]
-    assert first["auth"] == "Bearer sk-test" and first["path"] == "/v1/chat/completions"
-    assert first["model"] == "gpt-4o-2024-08-06"
-    assert "additive 5-point" in first["messages"][0]["content"]
-    judged = {call["messages"][1]["content"].split("<response>: ")[1] for call in api[4:]}
-    assert judged == {"one", "one two", "one two three"}
-    with open(path("v.jsonl")) as f:
-        lines = f.read()
-    with open(path("v.jsonl"), "w") as f:
-        f.write(lines[:-30])                            # killed while it wrote the last verdict
-    again = run_judge("--to", path("v.jsonl"))
-    assert again["win_rate"] == got["win_rate"] and len(api) == 19 + 4 + 1     # nothing is paid twice
-    assert run_judge("--to", path("v.jsonl")) == again and len(api) == 19 + 4 + 1
-
-
-def test_judge_that_fails(api, monkeypatch):
-    from tools import judge
-
-    write_answers(**SIX_WINS_THREE_LOSSES_A_TIE)
-    files = [path("a.json"), path("b.json")]
-    got = run_judge("--to", path("w4.jsonl"), "--judge", "picky")
-    assert got["questions"] == 9 and got["unanswered"] == 1         # a refused question is left out
-    refused(lambda: judge.main([*files, "--to", path("u.jsonl"), "--judge", "no-such"]), "401")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    refused(lambda: judge.main([*files, "--to", path("u2.jsonl")]), "gave up")
-    monkeypatch.delenv("OPENAI_API_KEY")
-    refused(lambda: judge.main([*files, "--to", path("u3.jsonl")]), "OPENAI_API_KEY")
-    refused(lambda: judge.main([path("a.json"), path("nothing.json")]), "nothing.json")
+    assert got == json.loads(pathlib.Path(path("v.json")).read_text())
+    refused(lambda: judge.main([path("a.json"), path("nothing.json"), *by_length]), "nothing.json")
 
 
 def test_judge_by_reward():
@@ -360,11 +268,11 @@ def test_judge_by_reward():
     good, bad = "the soup was great . the staff was kind .", "the soup was awful . the staff was kind ."
     for name, answer in ("a", good), ("b", bad):
         common.write_json(path(f"{name}.json"), [dict(instruction=PROMPT, output=answer, generator=name)])
-    assert run_judge("--to", path("v2.jsonl"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
+    assert run_judge("--to", path("v2.json"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
     pairs = ("--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
     run(ppo_baseline, *RL, *pairs, "--rm", path("judge_rm/model"), "--rm-max-steps", 3, "--max-steps", 1,
         "--out", path("judge_ppo"))
-    got = run_judge("--to", path("v3.jsonl"), "--rm", path("judge_rm/model"), "--init-from",
+    got = run_judge("--to", path("v3.json"), "--rm", path("judge_rm/model"), "--init-from",
                     path("sft/model"))
     rm = common.load_model(path("sft/model"), trainable=False).eval()
     tok = common.load_tokenizer(path("sft/model"))

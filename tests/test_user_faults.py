@@ -409,9 +409,9 @@ def test_where_it_will_write_is_checked_before_the_work():
     with mock.patch("dvpo.rollout", side_effect=AssertionError("worked first")):
         for main in sample.main, label.main:
             refused(lambda main=main: main([*policy, "--to", "/proc/nothing/x.json"]), "/proc/nothing/x.json")
-    with mock.patch("tools.judge.local", side_effect=AssertionError("worked first")):
+    with mock.patch("tools.judge.judge", side_effect=AssertionError("worked first")):
         refused(lambda: judge.main([answers, answers, "--reward", "data/toy.py:gold_reward", "--to",
-                                    "/proc/nothing/v.jsonl"]), "/proc/nothing/v.jsonl")
+                                    "/proc/nothing/v.json"]), "/proc/nothing/v.json")
 
 
 def test_a_sigma_of_one_step_has_a_floor():

@@ -22,7 +22,6 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import psutil
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -101,14 +100,13 @@ def child(parent, method, folder, argv):
     with open(f"{folder}/{method}.log", "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    libraries = 0 if CUDA else psutil.Process().memory_info().rss       # no plan counts them
     log = common.Metrics.log
     begin = time.perf_counter()
 
     def log_and_wait(self, step, **metrics):
         nonlocal begin
         row = log(self, step, **metrics)
-        parent.send(row | dict(sec_step=time.perf_counter() - begin, libraries=libraries))
+        parent.send(row | dict(sec_step=time.perf_counter() - begin))
         parent.recv()
         begin = time.perf_counter()
         return row
@@ -148,7 +146,7 @@ def turn(method, connection, folder):
 
 
 def side_by_side(args, methods):
-    """{method: medians of seconds, and bytes beside the memory plan}, in turns."""
+    """{method: medians of seconds, peak in bytes}, in turns."""
     folder = "out/bench/turns"
     os.makedirs(folder, exist_ok=True)
     prompts = [dict(prompt=f"w{row} " * args.prompt) for row in range(512)]
@@ -169,16 +167,13 @@ def side_by_side(args, methods):
             connection.close()                          # ends one that waits for its turn
             process.join(10)
             process.kill()
-    return {method: medians(rows[method], f"{folder}/{method}") for method in methods}
+    return {method: medians(rows[method]) for method in methods}
 
 
-def medians(rows, out):
+def medians(rows):
     keys = "sec_step", "sec_generate", "sec_score", "sec_train"
     found = {key: statistics.median(row[key] for row in rows) for key in keys}
-    with open(f"{out}/memory.json") as f:
-        plan = {"python and libraries": rows[-1]["libraries"]} | json.load(f)["plan"]
-    return found | dict(rounds=[row["sec_step"] for row in rows], peak=rows[-1]["peak_bytes"],
-                        plan=plan, planned=sum(plan.values()))
+    return found | dict(rounds=[row["sec_step"] for row in rows], peak=rows[-1]["peak_bytes"])
 
 
 def seconds_of(function):
@@ -243,17 +238,16 @@ def decode(args, rows, new):
 
 
 def report_steps(measured):
-    """One row per method: seconds by phase, bytes beside the plan, and ratios to PPO."""
+    """One row per method: seconds by phase, peak of memory, and ratios to PPO."""
     phases = "generate", "score", "train", "step"
     rows = []
     for method, run in measured.items():
         seconds = [f"{run['sec_' + phase]:.2f}" for phase in phases]
-        memory = [f"{run[key] / 2**20:,.0f}" for key in ("peak", "planned")]
-        ratios = [f"{run['planned'] / run['peak']:.2f}", "", ""]
+        ratios = ["", ""]
         if ppo := measured.get("ppo"):
-            ratios[1:] = [f"{run[key] / ppo[key]:.3f}" for key in ("sec_step", "peak")]
-        rows.append([method, *seconds, *memory, *ratios])
-    head = [f"{phase} s" for phase in phases] + ["peak MB", "planned MB", "planned / peak"]
+            ratios = [f"{run[key] / ppo[key]:.3f}" for key in ("sec_step", "peak")]
+        rows.append([method, *seconds, f"{run['peak'] / 2**20:,.0f}", *ratios])
+    head = [*(f"{phase} s" for phase in phases), "peak MB"]
     return table(["", *head, "time / PPO's", "peak / PPO's"], rows)
 
 

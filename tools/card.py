@@ -130,7 +130,7 @@ def kernels(args):
 
 
 def steps(args):
-    """Each method alone: together they would not fit. The memory plan may refuse one."""
+    """Each method alone: together they would not fit. One may not even fit alone."""
     measured = {}
     refused = []
     for method in args.methods:
