@@ -203,15 +203,11 @@ def main(argv=None):
         model = common.load_model(args.init_from, args)
         adapter = None
 
-    # Stop before any work where positions are too few
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
-    tau_room = common.room_for_tau(gvm, args, tau_pairs)            # tokens
-
     # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
     policy = run.engine(
         "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
     trunk = policy if args.lora else run.frozen(trunk)
+    tau_room = common.room_for_tau(gvm, args, tau_pairs)            # tokens
 
     def prompts_of(step):
         """Row numbers and prompt ids of this rank's rollouts: they depend on the step's number alone."""

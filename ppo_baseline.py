@@ -215,7 +215,6 @@ def train_reward_model(args, tok):
     pairs_per_step = args.rm_batch_size * run.world
     # Passes over the pairs, or a number of steps
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / pairs_per_step)
-    common.check_context(model, args.max_length, "--max-length")
     engine = run.engine("rm", model, args.rm_lr, args.rm_batch_size)
 
     def score_pairs(pairs):
@@ -318,12 +317,6 @@ def main(argv=None):
         # A reward function says nothing of values: the head starts at 0
         critic_model.add_head("critic")
 
-    # Stop before any work where positions are too few
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
-    if args.critic_from == "gvm":
-        tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])     # tokens
-
     # DeepSpeed: it makes the optimizers, and at ZeRO-3 it shards the weights
     passes = (args.mini_batch_size, args.grad_accum)
     policy = run.engine("policy", model, args.lr, *passes, decodes=True)
@@ -332,6 +325,9 @@ def main(argv=None):
     else:
         critic = run.engine("critic", critic_model, args.critic_lr, *passes)
     trunk = run.frozen(trunk)
+    # A critic from the GVM reads a tau of so many tokens at most
+    if args.critic_from == "gvm":
+        tau_room = common.room_for_tau(gvm, args, gvm["tau_pairs"])
 
     def prompts_of(step):
         """Row numbers and prompt ids of this rank's rollouts: they depend on the step's number alone."""
@@ -360,6 +356,7 @@ def main(argv=None):
         with run.phase("generate"):
             policy.eval()
             critic.eval()
+            # Sampled with the weights of this step, before any update
             rolled_out = rollout(run.actor(model), prompts, tok, args, device)
         ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
         T = mask.shape[1]                                           # the longest response

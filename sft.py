@@ -129,7 +129,6 @@ def main(argv=None):
     # The model, whole; DeepSpeed over it
     model = common.load_model(args.init_from, args)
     rows_per_pass = args.batch_size // args.grad_accum
-    common.check_context(model, args.max_length, "--max-length")
     policy = run.engine(
         "policy", model, args.lr, rows_per_pass, args.grad_accum, decodes=bool(reward))
     rows_per_update = args.batch_size * run.world            # all ranks together

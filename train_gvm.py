@@ -376,7 +376,6 @@ def main(argv=None):
     # The value model is an adapter and a head on the frozen SFT model.
     gvm.add_adapter("gvm", args.lora_rank, args.lora_alpha, args.lora_dropout)
     gvm.add_head("gvm", sees_token=not args.plain_head)
-    common.check_context(gvm, args.max_length, "--max-length")
     # DeepSpeed over adapter and head, all that is trained
     rows_per_pass = args.batch_size // args.grad_accum
     engine = run.engine("gvm", gvm, args.lr, rows_per_pass, args.grad_accum)
@@ -446,7 +445,7 @@ def use_trained(run, gvm, tok, data):
     args.tau_pairs = about["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     args.tau_length = about["tau_length"]
     args.max_length = about["max_length"]
-    common.check_context(gvm, args.max_length, "--max-length")
+    common.check_context(gvm, args)
     gvm.eval()                                                  # no dropout
     if not args.show:
         # Table 4, on --data

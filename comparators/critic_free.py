@@ -193,10 +193,6 @@ def main(argv=None):
     n_greedy = n_prompts if args.baseline == "greedy" else 0
     rollout_args = with_greedy_rows(args, n_greedy, device) if n_greedy else args
 
-    # Stop before any work where positions are too few
-    length = args.max_prompt_length + args.max_new_tokens
-    common.check_context(model, length, "--max-prompt-length and --max-new-tokens")
-
     # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
     policy = run.engine(
         "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)

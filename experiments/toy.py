@@ -74,13 +74,6 @@ EXPERIMENTS = {
         f"{name}, from {kl_coef}": f"{script} --kl-target 1.2 --kl-coef {kl_coef}"
         for (name, script), kl_coef in itertools.product((("DVPO", DVPO), ("PPO", PPO)), (0.05, 0.5))
     }),
-    "exact": ("Behind values without error", {
-        "DVPO": f"{DVPO} {TARGET}",
-        "DVPO, exact values": f"experiments/exact.py {TARGET}",
-        "DVPO, exact values, no tau": f"experiments/exact.py {TARGET} --tau-pairs 0",
-        "PPO": f"{PPO} {TARGET}",
-        "PPO, gold reward": f"ppo_baseline.py --reward data/toy.py:gold_reward {TARGET}",
-    }),
     "choices": ("One choice at a time", {
         "DVPO": f"{DVPO} {TARGET}",
         "--advantage q": f"{DVPO} {TARGET} --advantage q",

@@ -166,8 +166,12 @@ def positions(path):
     return 1 << 30
 
 
-def check_context(model, tokens, flags):
+def check_context(model, args):
     """Refuse what the positions of the model cannot hold."""
     context = context_length(model.lm.config)
-    if tokens > context:
-        die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
+    lengths = vars(args)
+    rollout = lengths.get("max_prompt_length", 0) + lengths.get("max_new_tokens", 0)
+    row = lengths.get("max_length", 0)
+    for flags, tokens in ("--max-prompt-length and --max-new-tokens", rollout), ("--max-length", row):
+        if tokens > context:
+            die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")

@@ -69,7 +69,7 @@ def missing_model(path, error):
     if path.startswith(LOCAL):
         stages = dict(sft="sft.py", dvpo="dvpo.py", ppo="ppo_baseline.py")
         run = re.match(r"out/([^/]+)/(sft|dvpo|ppo)/", path)
-        made_by = f"{stages[run[2]]} --model {run[1]}" if run else "data/toy.py, or tools/scratch_model.py"
+        made_by = f"{stages[run[2]]} --model {run[1]}" if run else "data/toy.py"
         made_by = "data/smollm2.py" if path.startswith("data/smollm2/") else made_by
         return f"{path}: no model there; make it with: python {made_by}"
     return (f"{path}: neither a local folder nor reachable on the Hugging Face hub; use `hf auth login` and "

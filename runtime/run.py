@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.checkpoints import Checkpoints, save_adapter, save_model
+from runtime.flags import check_context
 from runtime.graphs import compile_blocks
 from runtime.metrics import Metrics, peak_bytes, synchronize
 from runtime.processes import (
@@ -100,8 +101,10 @@ class Run:
     def engine(self, name, model, lr, rows, accum=1, decodes=False):
         """DeepSpeed over what is trainable in the model: `accum` passes of `rows` rows per update.
 
-        decodes: rollouts will ask for its actor.
+        decodes: rollouts will ask for its actor. Ends the run where positions are too few for --max-length
+        and the like.
         """
+        check_context(model, self.args)
         if decodes and self.args.zero == 3:             # before DeepSpeed shards the weights
             self.copies[id(model)] = copy.deepcopy(model).requires_grad_(False).eval()
         if self.args.compile:

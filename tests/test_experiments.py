@@ -1,14 +1,6 @@
 import importlib
-import json
-import sys
 
-import numpy as np
 import pytest
-from helpers import PROMPT, RL, close, path, script, world
-
-import common
-import dvpo
-from data import toy
 
 
 def test_interval_by_hand():
@@ -17,67 +9,6 @@ def test_interval_by_hand():
     assert interval([1, 2, 3]) == "2.00 ± 2.48"         # sd 1, t(2 degrees of freedom) 4.303 / sqrt(3)
     assert interval([0.5, -0.25], 3, "+") == "+0.125 ± 4.766"
     assert interval([0.7]) == "0.70" and interval([]) == "never"
-
-
-TAU = [("review the wine and the room .", "the wine was lovely . the room was not sad . <eos>".split())]
-
-
-@pytest.mark.parametrize("before", [[], TAU])
-@pytest.mark.parametrize("text", [
-    "", "well , the soup", "the soup was not", "the soup was very very", "the soup was rude . the wine",
-    "the soup was kind . the staff was bright ."])
-def test_exact_value_is_the_mean_one_word_later(before, text):
-    """Under the policies that may be writing, each as likely as what was read so far makes it."""
-    from experiments import exact
-
-    words, mean = text.split(), 0.0
-    loglik = exact.read(PROMPT, words)[0][-1] + sum(exact.read(p, w)[0][-1] for p, w in before)
-    posterior = np.exp(loglik - loglik.max()) / np.exp(loglik - loglik.max()).sum()
-    state, _ = toy.read(PROMPT, text)
-    said = [toy.next_words(state, policy, toy.requested(PROMPT)) for policy in toy.POLICIES.values()]
-    for word in set().union(*said):
-        p = sum(likely * by_policy.get(word, 0.0) for likely, by_policy in zip(posterior, said, strict=True))
-        longer = [*words, words[-1] if word == toy.STUTTER else word]
-        mean += p * exact.best_value(before, PROMPT, longer)[-1]
-    close(mean, exact.best_value(before, PROMPT, words)[-1], 1e-6)
-
-
-def test_exact_value_at_both_ends():
-    """The mean of the policies at first, the reward at the end; and one policy's value once it is known."""
-    from experiments import exact
-
-    start = np.mean([toy.true_q(PROMPT, "", policy) for policy in toy.POLICIES])
-    close(exact.best_value([], PROMPT, [])[0], start)
-    close(exact.best_value([], PROMPT, "the soup was kind . <eos>".split())[-1], 0.0)
-    rng = np.random.default_rng(0)
-    known = [(PROMPT, [*toy.sample(PROMPT, "expert", rng).split(), toy.EOS]) for _ in range(300)]
-    close(exact.best_value(known, PROMPT, ["the"])[-1], toy.true_q(PROMPT, "the", "expert"), 1e-3)
-
-
-def test_exact_value_in_the_place_of_a_model():
-    """Behind a tau, and beside a shorter row."""
-    from experiments import exact
-
-    tok, words = toy.tokenizer(), "the soup was rude . <eos>".split()
-    trunk, ids = exact.Exact(None, tok), common.encode_prompt(tok, PROMPT)
-    pairs = [(common.encode_prompt(tok, prompt), tok.convert_tokens_to_ids(said)) for prompt, said in TAU]
-    prefix, _ = common.prepend_tau(tok, pairs, [], 99, 99)
-    ids, attn, _ = common.frame([ids, ids], [tok.convert_tokens_to_ids(words), [tok.eos_token_id]])
-    q = trunk(ids, attn, len(words), head="gvm", cache=trunk.turns(prefix))
-    short = [*exact.best_value(TAU, PROMPT, [toy.EOS]), *[0.0] * (len(words) - 1)]
-    close(q, np.array([exact.best_value(TAU, PROMPT, words), short]))
-
-
-def test_dvpo_learns_behind_exact_values():
-    world()
-    done = script(sys.executable, "experiments/exact.py", *RL, "--max-steps", "10", "--seed", "7",
-                  "--out", path("exact"))
-    assert done.returncode == 0, done.stderr
-    with open(path("exact/run.json")) as f:
-        assert json.load(f)["seed"] == 7
-    with open(path("exact/metrics.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    assert rows[0]["ratio_first"] == 1.0 and rows[-1]["gold"] > rows[0]["gold"] + 0.2, rows
 
 
 def test_commands_of_the_experiments():
@@ -90,8 +21,7 @@ def test_commands_of_the_experiments():
     names = {name: "out" for name in toy_runs.MODELS}
     for command in commands:
         script, *flags = command.format(root="out", **names).split()
-        stage = dvpo if script == "experiments/exact.py" else importlib.import_module(script_name(script))
-        stage.parse_args(flags)
+        importlib.import_module(script_name(script)).parse_args(flags)
 
 
 def script_name(path):
@@ -102,7 +32,7 @@ def test_models_of_a_command():
     from experiments import toy as toy_runs
 
     assert toy_runs.models_of(toy_runs.PPO + " --critic-from gvm") == ["gvm", "rm"]
-    assert toy_runs.models_of("experiments/exact.py --tau-pairs 0") == []
+    assert toy_runs.models_of("dvpo.py --tau-pairs 0") == []
 
 
 def test_page_of_an_experiment_by_hand():

@@ -230,22 +230,6 @@ def test_gelu_of_gpt2_is_fused():
         close(model.lm(ids).logits, lm(ids).logits, 1e-4)
 
 
-def test_scratch_model():
-    world()
-    from tools import scratch_model
-
-    size = "--vocab", "400", "--width", "32", "--layers", "2"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        scratch_model.main(["--data", path("toy/sft.jsonl"), "--out", path("scratch"), *size])
-    tok = common.load_tokenizer(path("scratch"))
-    for text in ("Grüße,\n\n  1. x\t<b>", "the soup was great ."):        # byte-level: any text comes back
-        assert tok.decode(common.encode_response(tok, text), skip_special_tokens=True) == text
-    data = "--data", path("toy/sft.jsonl"), "--heldout", path("toy/sft_small.jsonl")
-    rows = run(sft, "--model", path("scratch"), *data, "--out", path("scratch_sft"), "--max-steps", "3",
-               "--lr", "1e-2")
-    assert rows[-1]["loss"] < rows[0]["loss"]
-
-
 def test_defaults_fit_into_the_context_of_a_folder():
     """What the user sets is left alone: check_context refuses it."""
     transformers.GPT2Config(n_positions=600).save_pretrained(path("short"))
