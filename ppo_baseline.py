@@ -356,7 +356,6 @@ def main(argv=None):
         with run.phase("generate"):
             policy.eval()
             critic.eval()
-            # Sampled with the weights of this step, before any update
             rolled_out = rollout(run.actor(model), prompts, tok, args, device)
         ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
         T = mask.shape[1]                                           # the longest response
@@ -400,7 +399,9 @@ def main(argv=None):
 
         # 4. Advantage: GAE of the KL penalties and, at the last token, the reward
         log_ratio_ref = (old_logp - ref_logp).clamp(-20, 20)                            # (B, T)
+        # Each token pays its own KL
         rewards = -kl_coef * log_ratio_ref * mask
+        # The score arrives at the last token. An answer that was cut pays the penalty there.
         last = mask.sum(1) - 1                                      # (B,)
         score_with_penalty = score - args.missing_eos_penalty * ~ended
         rewards[torch.arange(args.batch_size), last] += score_with_penalty
