@@ -2,6 +2,8 @@ import importlib
 
 import pytest
 
+from experiments import run as experiments
+
 
 def test_interval_by_hand():
     from experiments.shared import interval
@@ -12,62 +14,63 @@ def test_interval_by_hand():
 
 
 def test_commands_of_the_experiments():
-    """Every command of the toy's and of SmolLM2's tables is one that its script understands."""
-    from experiments import smollm2
-    from experiments import toy as toy_runs
-
-    commands = [command for _, runs in toy_runs.EXPERIMENTS.values() for command in runs.values()]
-    commands += [*toy_runs.MODELS.values(), *(command for _, command, _ in smollm2.RUNS.values())]
-    names = {name: "out" for name in toy_runs.MODELS}
+    """Scripts understand every command of the tables. On the toy a name has one command."""
+    commands = list(experiments.MODELS.values())
+    on_the_toy = {}
+    for experiment, (_, runs) in experiments.EXPERIMENTS.items():
+        commands += runs.values()
+        for run, command in runs.items():
+            assert experiment in experiments.MADE or on_the_toy.setdefault(run, command) == command, run
+    names = {name: "out" for name in experiments.MODELS}
     for command in commands:
         script, *flags = command.format(root="out", **names).split()
-        importlib.import_module(script_name(script)).parse_args(flags)
-
-
-def script_name(path):
-    return path.removesuffix(".py").replace("/", ".")
+        stage = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        stage.parse_args(flags)
 
 
 def test_models_of_a_command():
-    from experiments import toy as toy_runs
-
-    assert toy_runs.models_of(toy_runs.PPO + " --critic-from gvm") == ["gvm", "rm"]
-    assert toy_runs.models_of("dvpo.py --tau-pairs 0") == []
+    assert experiments.models_of(experiments.PPO + " --critic-from gvm") == ["gvm", "rm"]
+    assert experiments.models_of("dvpo.py --tau-pairs 0") == []
 
 
 def test_page_of_an_experiment_by_hand():
     """Two seeds: PPO goes from 0 to 1 in steps of 0.1, DVPO is there at once."""
-    from experiments import toy as toy_runs
+    def run(gold, late, fresh, kl, ended, step_seconds):
+        return dict(gold=gold, late=dict(gold=late, kl=kl, ended=ended), step_seconds=step_seconds,
+                    fresh=dict(gold=fresh, kl=kl, ended=ended, length=8.0),
+                    distinct=0.5, samples=[], peak_mb=99.0)
 
     slow = [i / 10 for i in range(11)]
-    dvpo_run = dict(heldout=0.5, kl=1.0, step_seconds=0.25, gold=[1.0] * 11)
-    runs = {"DVPO": [dict(dvpo_run, final=1.0), dict(dvpo_run, final=0.5)],
-            "PPO": [dict(first=0.0, final=1.0, heldout=0.25, kl=2.0, step_seconds=0.5, gold=slow)] * 2}
-    models = {"gvm": [dict(seconds=10.0, accuracy=0.75, correlation=0.5)] * 2,
-              "rm": [dict(seconds=20.0, accuracy=0.5)] * 2}
-    about = dict(title="By hand", seeds=[1, 2], command="c", commit="x", machine="m", commands=dict(DVPO="d"))
-    page = "\n".join(toy_runs.page(dict(about, runs=runs, models=models)))
+    fast = [run([1.0] * 11, late, 0.5, 1.0, 0.75, 0.25) for late in (1.0, 0.5)]
+    runs = {"DVPO": dict(enumerate(fast)), "PPO": dict(enumerate([run(slow, 1.0, 0.25, 2.0, 1.0, 0.5)] * 2))}
+    gvm = dict(updates=9, seconds=10.0, q_std=0.5, mean=0.75, last=0.875, v0=1.0, penalty=0.5, truth=0.5)
+    models = {"gvm": [gvm] * 2, "rm": [dict(updates=9, seconds=20.0, last=0.5)] * 2}
+    about = dict(title="By hand", command="c", commit="x", machine="m", commands=dict(DVPO="d"))
+    page = "\n".join(experiments.page(dict(about, runs=runs, models=models, before=dict(gold=0.125))))
+    assert "| before RL |  | 0.125 |  | 0.00 |  |  |  |  |  |" in page
+    # A quarter of the answers pays the penalty of 0.5
+    assert "| DVPO | 2 | 0.500 | 0.375 | 1.00 | 0.75 | 8.0 | 0.50 | 0.25 | 99 |" in page
     # 12.71 * 0.3536 / sqrt(2)
-    assert "| DVPO | 0.750 ± 3.178 | 0.500 ± 0.000 | 1.00 ± 0.00 |  | 5 ± 0 | 0.25 ± 0.00 |" in page
+    assert "| DVPO | 0.750 ± 3.178 | 1.00 ± 0.00 | 0.500 ± 0.000 | 1.00 ± 0.00 |  | 5 ± 0 | 1 ± 0 |" in page
     # Means of five steps reach 0.8 at the steps 0.6 to 1.0, the eleventh
-    assert "| PPO | 1.000 ± 0.000 | 0.250 ± 0.000 | 2.00 ± 0.00 | +0.250 ± 3.178 | 11 ± 0 |" in page
-    assert "| `gvm` | 10 ± 0 | 0.750 ± 0.000 | 0.500 ± 0.000 |" in page
-    assert "| `rm` | 20 ± 0 | 0.500 ± 0.000 |  |" in page
+    assert "| 1.000 ± 0.000 | 2.00 ± 0.00 | 0.250 ± 0.000 | 2.00 ± 0.00 | +0.250 ± 3.178 | 11 ± 0 |" in page
+    assert "| `gvm` | 9 ± 0 | 10 ± 0 | 0.500 ± 0.000 | 0.750 ± 0.000 | 0.875 ± 0.000 |" in page
+    assert "| `rm` | 9 ± 0 | 20 ± 0 |  |  | 0.500 ± 0.000 |  |  |" in page
 
 
 def test_a_stopped_stage_is_not_done(tmp_path, monkeypatch):
     """A stage that was told to stop exits with 0, too: it counts only once it has measured itself."""
-    from experiments import shared
-
-    monkeypatch.setattr(shared.subprocess, "run", lambda *_, **__: None)
-    out = tmp_path / "run"
+    calls = []
+    monkeypatch.setattr(experiments.subprocess, "run", lambda words, **_: calls.append(words))
+    out = str(tmp_path / "run")
     with pytest.raises(SystemExit, match="was stopped"):
-        shared.stage("dvpo.py", str(out), "--lr", 1)
-    (out / "summary.json").write_text("{}")
-    shared.stage("dvpo.py", str(out), "--lr", 1)
-    assert (out / "done").read_text() == "--lr 1"
-    with pytest.raises(SystemExit, match="other flags"):
-        shared.stage("dvpo.py", str(out), "--lr", 2)
+        experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 1")
+    assert "--gvm out/seeds/3/gvm/model --lr 1 --seed 3" in " ".join(calls[0])
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 1")
+    assert len(calls) == 1
+    with pytest.raises(SystemExit, match="holds another run"):
+        experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 2")
 
 
 def test_pages_name_their_numbers(tmp_path, monkeypatch):
