@@ -23,7 +23,7 @@ demo: .venv/ready       ## everything from nothing to the table and the figures,
 	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdict.json
 	$(PY) experiments/run.py demo --report
 	$(PY) tools/plot.py
-	$(PY) tools/plot.py --heatmap out/tiny/gvm/show.json out/tiny/flipped/show.json --to out/tiny/heatmap.png
+	$(PY) tools/plot.py --heatmap out/tiny/gvm/eval/show.json out/tiny/flipped/eval/show.json --to out/tiny/heatmap.png
 
 demo-dvpo:
 	$(PY) train_gvm.py --data data/toy/gvm.jsonl out/tiny/sft/labelled.jsonl
@@ -52,7 +52,7 @@ smollm2: .venv/smollm2  ## the same with a real language model: SmolLM2-135M, ki
 	$(PY) experiments/run.py smollm2 --report
 	$(PY) train_gvm.py --model smollm2 --dtype $(DTYPE) --heldout $(S)/heldout.jsonl --policy cheerful --show \
 		"In one short sentence: how was the school trip?" "The school trip was a wonderful day, but the bus was awful."
-	$(PY) tools/plot.py --heatmap $(S)/gvm/show.json --to $(S)/heatmap.png
+	$(PY) tools/plot.py --heatmap $(S)/gvm/eval/show.json --to $(S)/heatmap.png
 
 $(S)/personas.jsonl:
 	$(LABEL) --prompts data/smollm2/personas.jsonl --n 2592 --to $@.part

@@ -42,6 +42,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def parse_args(argv=None):
     flag("--heldout", default=f"{d.data}/gvm_heldout.jsonl", help="labelled rows to measure on")
     flag("--init-from", default=d.start, help="SFT model: the trunk")
     flag("--gvm", default=f"{d.out}/gvm/model", help="what --eval-only and --show load")
-    flag("--out", default=f"{d.out}/gvm", help="folder to write")
+    flag("--out", default=f"{d.out}/gvm", help="folder to write (--eval-only, --show: its eval/)")
     # Optimizer, size of a batch and of the run
     flag("--lr", type=float, default=d.lr, help="peak learning rate (paper 2e-6)")
     flag("--batch-size", type=int, default=d.batch_size,
@@ -89,8 +90,10 @@ def parse_args(argv=None):
     flag("--show", nargs=2, metavar=("PROMPT", "RESPONSE"), help="print values of tokens")
     flag("--policy", help="--show: whose rows in --heldout give tau (default: no tau)")
     args = common.parse(p, argv)
-    # A GVM that is loaded says itself what it was trained with
-    if args.tau_pairs is None and not (args.eval_only or args.show):
+    if args.eval_only or args.show:
+        # Beside the files of the training. The GVM itself says what tau it was trained with
+        args.out = os.path.join(args.out, "eval")
+    elif args.tau_pairs is None:
         args.tau_pairs = d.tau_pairs
     return args
 

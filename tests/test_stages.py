@@ -14,6 +14,7 @@ import dvpo
 import ppo_baseline
 import sft
 import train_gvm
+from data import toy
 
 
 def read_json(name):
@@ -69,9 +70,17 @@ def test_eval_only_and_show():
     with contextlib.redirect_stdout(io.StringIO()) as out:
         train_gvm.main([*GVM[:2], "--eval-only", "--data", path("toy/gvm_heldout.jsonl"), *own])
         shown = train_gvm.main([*GVM, *own, "--show", PROMPT, "the soup was great .", "--policy", "good"])
-    assert read_json("eval/eval.json")["pairs"] > 100 and "accuracy over" in out.getvalue()
+    assert read_json("eval/eval/eval.json")["pairs"] > 100 and "accuracy over" in out.getvalue()
+    assert os.listdir(path("eval")) == ["eval"]         # nothing of the training in --out is written over
     assert shown["tokens"][1:] == "the soup was great . <eos>".split()
     assert len(shown["q"]) == len(shown["true_q"]) == 7
+    with open(path("toy/gvm_small.jsonl")) as f:
+        rows = [dict(json.loads(line), policy="stranger") for line in f]
+    toy.write_jsonl(path("strangers.jsonl"), rows)
+    with contextlib.redirect_stdout(io.StringIO()):
+        shown = train_gvm.main([*GVM[:2], "--heldout", path("strangers.jsonl"), *own, "--show", PROMPT,
+                                "the soup was great .", "--policy", "stranger"])
+    assert len(shown["q"]) == 7 and "true_q" not in shown           # a policy whose truth is not known
 
 
 @pytest.mark.parametrize("case", range(5))

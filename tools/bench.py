@@ -41,10 +41,10 @@ def gpt2(vocab, width, depth, heads):
                       bos_token_id=None, eos_token_id=None)
 
 
-def llama3(width, inner, depth, heads, tied):
+def llama(vocab, width, inner, depth, heads, kv_heads, tied):
     return LlamaConfig(
-        vocab_size=128256, hidden_size=width, intermediate_size=inner, num_hidden_layers=depth,
-        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=8192,
+        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=depth,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=8192,
         tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None)
 
 
@@ -52,8 +52,9 @@ SHAPES = {
     "tiny": gpt2(2048, 64, 2, 4),
     "14M": gpt2(8192, 384, 6, 6),
     "124M": gpt2(50257, 768, 12, 12),
-    "llama3-3b": llama3(3072, 8192, 28, 24, tied=True),
-    "llama3-8b": llama3(4096, 14336, 32, 32, tied=False),
+    "smollm2": llama(49152, 576, 1536, 30, 9, 3, tied=True),
+    "llama3-3b": llama(128256, 3072, 8192, 28, 24, 8, tied=True),
+    "llama3-8b": llama(128256, 4096, 14336, 32, 32, 8, tied=False),
 }
 # name: (stage, its flags)
 METHODS = {
