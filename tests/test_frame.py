@@ -1,5 +1,6 @@
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -149,6 +150,24 @@ def test_by_length():
     assert common.sort_by_length(torch.tensor([5, 0, 4, 3, 2, 1]), attn, 6).tolist() == [5, 2, 4, 0, 3, 1]
     equal = torch.ones(6, 4)
     assert common.sort_by_length(torch.arange(6), equal, 4).tolist() == list(range(6))    # as they were
+
+
+def test_passes_over_whole_rows_need_no_mask():
+    """So that a GPU takes its fastest attention: causal, no mask, keys of shared heads not repeated."""
+    model, tok = tiny_llama(), toy.tokenizer()
+    _, _, ids, attn, mask = example_frame(tok, pad_left=3)          # two prompts of unlike lengths
+    plain = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, **kwargs):
+        seen.append((attn_mask is None and is_causal, key.shape[1]))
+        return plain(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
+        model.train()(ids, attn, mask.shape[1]).sum().backward()
+        with torch.no_grad():
+            model.eval()(ids, attn, mask.shape[1])
+    assert seen == [(True, 2)] * 4                      # two passes of two layers, two heads of keys
 
 
 def test_heads_compute_in_fp32_over_a_bf16_trunk():
