@@ -156,18 +156,35 @@ def test_card_commands():
     assert len(card.FIRST | card.THEN) == 20 and {*card.RESUMED} <= {*card.THEN}
 
 
-def test_card(monkeypatch):
-    """What --card measures on a CUDA machine, at a tiny shape on a CPU: every part, and its report."""
-    from tools import bench, card
+@pytest.fixture
+def card(monkeypatch):
+    """tools/card.py in a world of its own, where no run of the toy is started."""
+    from tools import card
 
     world()
     monkeypatch.chdir(HERE)
     for name in common.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    few = dict(FIRST={}, THEN={}, RESUMED=[], FOLDER=path("card_toy"), LIMIT=float("inf"))
+    with mock.patch.multiple(card, **few), contextlib.redirect_stdout(io.StringIO()):
+        yield card
+
+
+def test_card_toy(card):
+    """A run of the toy that ends, keeps its ratio, and comes out bit for bit when it is resumed."""
     made = f"--init-from {path('sft/model')} --gvm {path('gvm/model')} --max-steps 2 --save-every 1 "
     made += "--batch-size 16 --mini-batch-size 16 --max-new-tokens 8"
-    few = dict(FIRST={}, THEN=dict(dvpo=f"{card.DVPO} {made}"), RESUMED=["dvpo"], STEPS=2,
-               FOLDER=path("card_toy"), LIMIT=float("inf"))
+    few = dict(THEN=dict(dvpo=f"{card.DVPO} {made}"), RESUMED=["dvpo"], STEPS=2)
+    with mock.patch.multiple(card, **few):
+        found, lines = card.toy()
+    assert found == dict(dvpo=dict(ended=True, steps=2, ratio_off=0.0, resumed=True))
+    assert "| dvpo | True | 2 | 0.0 | True |" in lines
+
+
+def test_card(card, monkeypatch):
+    """What --card measures on a CUDA machine, at a tiny shape on a CPU: every other part, and the report."""
+    from tools import bench
+
     args = argparse.Namespace(shape="tiny", prompt=16, new=8, batch_size=4, rounds=1, methods=["lora", "ppo"])
     side_by_side = bench.side_by_side
 
@@ -176,10 +193,7 @@ def test_card(monkeypatch):
 
     monkeypatch.setattr(bench, "side_by_side", without_room)
     found = bench.about("python tools/bench.py --card")
-    with mock.patch.multiple(card, **few), contextlib.redirect_stdout(io.StringIO()):
-        lines = "\n".join(card.measure(args, found))
-    assert found["toy"] == dict(dvpo=dict(ended=True, steps=2, ratio_off=0.0, resumed=True))
-    assert "| dvpo | True | 2 | 0.0 | True |" in lines
+    lines = "\n".join(card.measure(args, found))
     for rollout in found["rollouts"]:
         share = rollout["read"] / found["bandwidth"] / rollout["static"] * rollout["new"]
         assert f"| {share:.2f} |" in lines
@@ -187,7 +201,7 @@ def test_card(monkeypatch):
     assert all("aten::" in longest and longest in lines for longest in found["kernels"].values())
     assert {*found["steps"]} == {"lora"} and "\n\n### Steps\n\n|  | generate s |" in lines
     assert lines.endswith("error: ppo ended") and "No time" not in lines
-    with mock.patch.multiple(card, **few | dict(THEN={}, RESUMED=[], LIMIT=0)):
+    with mock.patch.multiple(card, LIMIT=0):
         assert "No time was left for: kernels." in card.measure(args, found)
 
 
