@@ -21,7 +21,7 @@ demo: .venv/ready       ## everything from nothing to the table and the figures,
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json
 	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/sft.json --policy out/tiny/sft/model
 	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdict.json
-	$(PY) experiments/run.py demo --report
+	$(PY) experiments/run.py demo --report --to out/tiny
 	$(PY) tools/plot.py
 	$(PY) tools/plot.py --heatmap out/tiny/gvm/eval/show.json out/tiny/flipped/eval/show.json --to out/tiny/heatmap.png
 
@@ -49,7 +49,7 @@ smollm2: .venv/smollm2  ## the same with a real language model: SmolLM2-135M, ki
 	OMP_NUM_THREADS=1 $(MAKE) $(S)/heldout.jsonl $(S)/reference.jsonl
 	@echo "PPO with its reward model runs beside GVM and DVPO; it writes to $(S)/ppo.log"
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 $(S)/dvpo/summary.json $(S)/ppo/summary.json
-	$(PY) experiments/run.py smollm2 --report
+	$(PY) experiments/run.py smollm2 --report --to $(S)
 	$(PY) train_gvm.py --model smollm2 --dtype $(DTYPE) --heldout $(S)/heldout.jsonl --policy cheerful --show \
 		"In one short sentence: how was the school trip?" "The school trip was a wonderful day, but the bus was awful."
 	$(PY) tools/plot.py --heatmap $(S)/gvm/eval/show.json --to $(S)/heatmap.png

@@ -204,8 +204,9 @@ def main(argv=None):
         adapter = None
 
     # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
+    length = args.max_prompt_length + args.max_new_tokens           # tokens of the longest row
     policy = run.engine(
-        "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
+        "policy", model, args.lr, length, args.mini_batch_size, args.grad_accum, decodes=True)
     trunk = policy if args.lora else run.frozen(trunk)
     tau_room = common.room_for_tau(gvm, args, tau_pairs)            # tokens
 

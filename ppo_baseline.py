@@ -215,7 +215,7 @@ def train_reward_model(args, tok):
     pairs_per_step = args.rm_batch_size * run.world
     # Passes over the pairs, or a number of steps
     steps = args.rm_max_steps or math.ceil(args.rm_epochs * len(train) / pairs_per_step)
-    engine = run.engine("rm", model, args.rm_lr, args.rm_batch_size)
+    engine = run.engine("rm", model, args.rm_lr, args.max_length, args.rm_batch_size)
 
     def score_pairs(pairs):
         """Scores of the chosen answers and of the rejected, (B,) each, in one pass."""
@@ -318,7 +318,8 @@ def main(argv=None):
         critic_model.add_head("critic")
 
     # DeepSpeed: it makes the optimizers, and at ZeRO-3 it shards the weights
-    passes = (args.mini_batch_size, args.grad_accum)
+    length = args.max_prompt_length + args.max_new_tokens           # tokens of the longest row
+    passes = (length, args.mini_batch_size, args.grad_accum)
     policy = run.engine("policy", model, args.lr, *passes, decodes=True)
     if args.freeze_critic:
         critic = run.frozen(critic_model)

@@ -130,7 +130,8 @@ def main(argv=None):
     model = common.load_model(args.init_from, args)
     rows_per_pass = args.batch_size // args.grad_accum
     policy = run.engine(
-        "policy", model, args.lr, rows_per_pass, args.grad_accum, decodes=bool(reward))
+        "policy", model, args.lr, args.max_length, rows_per_pass, args.grad_accum,
+        decodes=bool(reward))
     rows_per_update = args.batch_size * run.world            # all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(train) / rows_per_update)
     run.resume()                                             # nothing but what Run itself keeps

@@ -381,7 +381,7 @@ def main(argv=None):
     gvm.add_head("gvm", sees_token=not args.plain_head)
     # DeepSpeed over adapter and head, all that is trained
     rows_per_pass = args.batch_size // args.grad_accum
-    engine = run.engine("gvm", gvm, args.lr, rows_per_pass, args.grad_accum)
+    engine = run.engine("gvm", gvm, args.lr, args.max_length, rows_per_pass, args.grad_accum)
     rows_per_update = args.batch_size * run.world               # all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(data) / rows_per_update)
     state = run.resume()
@@ -448,7 +448,7 @@ def use_trained(run, gvm, tok, data):
     args.tau_pairs = about["tau_pairs"] if args.tau_pairs is None else args.tau_pairs
     args.tau_length = about["tau_length"]
     args.max_length = about["max_length"]
-    common.check_context(gvm, args)
+    common.check_context(gvm, args.max_length)
     gvm.eval()                                                  # no dropout
     if not args.show:
         # Table 4, on --data

@@ -194,8 +194,9 @@ def main(argv=None):
     rollout_args = with_greedy_rows(args, n_greedy, device) if n_greedy else args
 
     # DeepSpeed: it makes the optimizer, and at ZeRO-3 it shards the weights
+    length = args.max_prompt_length + args.max_new_tokens           # tokens of the longest row
     policy = run.engine(
-        "policy", model, args.lr, args.mini_batch_size, args.grad_accum, decodes=True)
+        "policy", model, args.lr, length, args.mini_batch_size, args.grad_accum, decodes=True)
     trunk = policy if args.lora else run.frozen(trunk)
 
     state = run.resume()

@@ -100,7 +100,8 @@ def main(argv=None):
     if args.lora:
         model.add_adapter("policy", r=8, alpha=32)
     B = args.batch_size // args.grad_accum              # pairs of a pass, 2 B rows
-    policy = run.engine("policy", model, args.lr, B, args.grad_accum, decodes=True)
+    length = max(args.max_length, args.max_prompt_length + args.max_new_tokens)
+    policy = run.engine("policy", model, args.lr, length, B, args.grad_accum, decodes=True)
     pairs_per_step = args.batch_size * run.world
     steps = args.max_steps or math.ceil(args.epochs * len(train) / pairs_per_step)
     if args.dry_run:                                    # the pairs of one step are enough

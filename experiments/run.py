@@ -4,15 +4,13 @@
     python experiments/run.py critic --seeds 11 12                  other seeds
     make smollm2 && python experiments/run.py smollm2 --seeds 1     on SmolLM2
     python experiments/run.py smollm2 --report                      the page, of what is there
-    python experiments/run.py demo --report                         the end of `make demo`
 
 An experiment of your own is one more entry in EXPERIMENTS: a title, and a command for each run. {gvm} and
 the other names of MODELS in a command stand for a model of the same seed, which is trained first. The toy's
 seeds 1 and 2 are those that settings were chosen on; the others decide nothing. Two runs at a time, one
 thread each; a run that was interrupted continues.
 
-Writes out/seeds/SEED/runs/RUN/ (SmolLM2: out/smollm2/RUN_SEED/), results/EXPERIMENT.json and .md (the demo:
-out/tiny/demo.json and .md).
+Writes out/seeds/SEED/runs/RUN/ (SmolLM2: out/smollm2/RUN_SEED/) and results/EXPERIMENT.json and .md.
 """
 import argparse
 import functools
@@ -139,12 +137,13 @@ def models_of(command):
 
 
 def is_done(out):
-    # A stage that was told to stop ends well, too, but without its measurements
-    return any(os.path.exists(f"{out}/{name}.json") for name in ("summary", "eval"))
+    """Whether a run has measured itself: a stage that was told to stop ends well, too, but without that."""
+    is_model = "/runs/" not in out and os.path.basename(out) in MODELS
+    return os.path.exists(f"{out}/{'eval' if is_model else 'summary'}.json")
 
 
-def train(experiment, seed, out, command):
-    """One command, unless it has finished before, on the models of that seed; its output goes to OUT.log."""
+def command_of(experiment, seed, out, command):
+    """The whole command of a run, with all that the tables leave out."""
     root = root_of(experiment, seed)
     paths = {name: f"{root}/{name}/model" for name in MODELS}
     script, *words = command.format(root=root, **paths).split()
@@ -153,22 +152,35 @@ def train(experiment, seed, out, command):
         words += ["--model", "smollm2", "--dtype", "bf16"]
     elif script != "sft.py":
         words += ["--init-from", f"{root}/sft/model"]
-    about = " ".join([script, *words])
+    return " ".join([script, *words])
+
+
+def train(experiment, seed, out, command):
+    """One command, unless it has finished before, on the models of that seed; its output goes to OUT.log."""
+    words = command_of(experiment, seed, out, command)
     if os.path.exists(f"{out}/command"):
         with open(f"{out}/command") as f:
             before = f.read()
-        if before != about:
+        if before != words:
             sys.exit(f"error: {out} holds another run ({before}): remove it, or name another")
     if is_done(out):
         return
     os.makedirs(out, exist_ok=True)
-    with open(f"{out}/command", "w") as f:
-        f.write(about)
-    with open(out + ".log", "a") as log:
-        subprocess.run([sys.executable, script, *words], stdout=log, stderr=log, check=True,
-                       env=dict(os.environ, OMP_NUM_THREADS="1"))
+    for name, text in ("command", words), ("commit", commit()):
+        with open(f"{out}/{name}", "w") as f:
+            f.write(text)
+    start(words, out + ".log")
     if not is_done(out):
-        sys.exit(f"error: {out}: {script} was stopped; see {out}.log")
+        sys.exit(f"error: {out} was stopped; see {out}.log")
+
+
+def start(command, log):
+    """Run a program of this project; what it prints goes to the file `log`."""
+    with open(log, "a") as f:
+        done = subprocess.run([sys.executable, *command.split()], stdout=f, stderr=f,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"))
+    if done.returncode:
+        sys.exit(f"error: {command.split()[0]} failed; see {log}")
 
 
 def prepare(experiment, models, seed):
@@ -178,10 +190,8 @@ def prepare(experiment, models, seed):
     root = root_of(experiment, seed)
     train(experiment, seed, f"{root}/sft", "sft.py")
     if not os.path.exists(f"{root}/labelled_pairs.jsonl"):
-        label = [sys.executable, "tools/label.py", "--policy", f"{root}/sft/model"]
-        label += ["--seed", str(seed), "--to", f"{root}/labelled.jsonl"]
-        one_thread = dict(os.environ, OMP_NUM_THREADS="1")
-        subprocess.run(label, check=True, stderr=subprocess.DEVNULL, env=one_thread)
+        label = f"tools/label.py --policy {root}/sft/model --seed {seed} --to {root}/labelled.jsonl"
+        start(label, f"{root}/label.log")
     for name in models:
         command = MODELS[name]
         if command.startswith(RM):                      # it lies beside --out, not in it
@@ -230,7 +240,8 @@ def about_model(out):
 def before_rl(experiment, seeds):
     """The model that every run starts from."""
     if MADE.get(experiment) != SMOLLM2:
-        gold = [read_json(f"{root_of(experiment, seed)}/sft/summary.json")["gold"] for seed in seeds]
+        files = dict.fromkeys(f"{root_of(experiment, seed)}/sft/summary.json" for seed in seeds)
+        gold = [read_json(file)["gold"] for file in files]
         return dict(gold=float(np.mean(gold)))
     rows = read_lines(f"{SMOLLM2}/reference.jsonl")
     return dict(gold=float(np.mean([row["reward"] for row in rows])),
@@ -239,34 +250,48 @@ def before_rl(experiment, seeds):
                 samples=[dict(prompt=row["prompt"], response=row["response"]) for row in rows[:3]])
 
 
-def report(experiment, seeds):
+def report(experiment, seeds, folder):
     title, commands = EXPERIMENTS[experiment]
     runs = {}
+    commits = set()
     for run in commands:
         folders = {seed: folder_of(experiment, run, seed) for seed in seeds}
-        found = {seed: measure(out) for seed, out in folders.items() if is_done(out)}
-        if found:
-            runs[run] = found
+        done = {seed: out for seed, out in folders.items() if is_done(out)}
+        if done:
+            runs[run] = {seed: measure(out) for seed, out in done.items()}
+        commits |= {read_commit(out) for out in done.values()}
     if not runs:
         sys.exit(f"error: no run of {experiment} is there; start it without --report")
+    seeds = sorted({seed for found in runs.values() for seed in found})
     names = dict.fromkeys(name for run in runs for name in models_of(commands[run]))
     if experiment in MADE:
-        names = [name for name in ("gvm", "gvm_1e-4", "gvm_paper", "rm")
-                 if os.path.exists(f"{MADE[experiment]}/{name}")]
+        names = ("gvm", "gvm_1e-4", "gvm_paper", "rm")
     models = {}
     for name in names:
         folders = dict.fromkeys(f"{root_of(experiment, seed)}/{name}" for seed in seeds)
-        models[name] = [about_model(out) for out in folders]
+        found = [about_model(out) for out in folders if os.path.exists(f"{out}/model")]
+        if found:
+            models[name] = found
+    full = {run: command_of(experiment, seeds[0], folder_of(experiment, run, seeds[0]), commands[run])
+            for run in runs}
     command = f"python experiments/run.py {experiment} --seeds {' '.join(map(str, seeds))}"
-    data = dict(title=title, command=command, commit=commit(),
-                machine=machine("one thread a run", "two at a time"), commands=commands,
+    data = dict(title=title, command=command, commit=", ".join(sorted(commits)),
+                machine=machine("one thread a run", "two at a time"), commands=full,
                 before=before_rl(experiment, seeds), runs=runs, models=models)
-    write_results("results" if experiment != "demo" else DEMO, experiment, data, page(data))
+    write_results(folder, experiment, data, page(data))
+
+
+def read_commit(out):
+    """The commit that a run was made with; the present one where `make` made it."""
+    if not os.path.exists(f"{out}/commit"):
+        return commit()
+    with open(f"{out}/commit") as f:
+        return f.read()
 
 
 def summary(data):
     """A short table of means over the seeds, of fresh answers."""
-    penalty = data["models"]["gvm"][0]["penalty"] if data["models"].get("gvm") else 0.0
+    penalty = np.mean([gvm["penalty"] for gvm in data["models"].get("gvm", [])] or [np.nan])
     start = data["before"]
     rows = [["before RL", "", start, start.get("distinct"), None, None]]
     for run, found in data["runs"].items():
@@ -277,7 +302,9 @@ def summary(data):
         rows.append([run, len(found), fresh, *others])
     cells = []
     for run, seeds, fresh, words, seconds, peak in rows:
-        paid = fresh["gold"] - penalty * (1 - fresh["ended"]) if "ended" in fresh else None
+        paid = None
+        if "ended" in fresh and np.isfinite(penalty):
+            paid = fresh["gold"] - penalty * (1 - fresh["ended"])
         numbers = [(fresh["gold"], 3), (paid, 3), (fresh.get("kl", 0.0), 2), (fresh.get("ended"), 2),
                    (fresh.get("length"), 1), (words, 2), (seconds, 2), (peak, 0)]
         cells.append([run, seeds, *("" if x is None else f"{x:.{digits}f}" for x, digits in numbers)])
@@ -288,7 +315,7 @@ def summary(data):
 def runs_table(data):
     """Every run with intervals over its seeds, and how soon it has 80 % of what PPO gains."""
     first, *_ = data["runs"]
-    base = data["runs"][first]
+    base = {seed: x for seed, x in data["runs"][first].items() if "late" in x}
     ppo = [run for run in data["runs"].get("PPO", {}).values() if "gold" in run]
     level = np.inf
     if ppo:
@@ -305,8 +332,10 @@ def runs_table(data):
                   if "late" in x and seed in base]
         row.append(interval(behind, 3, "+") if behind and run != first else "")
         steps = [(reach(x["gold"], level), x["step_seconds"]) for x in found.values() if "gold" in x]
-        steps = [(n, n * seconds) for n, seconds in steps if n]
-        cells.append(row + ([interval(x, 0) for x in zip(*steps, strict=True)] or ["", ""]))
+        there = [(n, n * seconds) for n, seconds in steps if n]
+        missed = f" ({len(there)} of {len(steps)} seeds)" if 0 < len(there) < len(steps) else ""
+        row += [interval(x, 0) + missed for x in zip(*there, strict=True)] or ["", ""]
+        cells.append(row)
     return table(["run", "reward, last tenth", "KL, last tenth", "reward, fresh", "KL, fresh",
                   f"last tenth less that of {first}", "steps to 80 % of PPO's gain", "seconds to there"],
                  cells)
@@ -326,8 +355,8 @@ def models_table(data):
 def page(data):
     """results/EXPERIMENT.md, from what stands in its JSON."""
     lines = [f"# {data['title']}", "",
-             f"Command: `{data['command']}`. Commit {data['commit']}. Machine: {data['machine']}. ± is the "
-             "95 % interval over seeds (Student's t). Last tenth: a mean over the last tenth of the steps. "
+             f"Command: `{data['command']}`. Runs of commit {data['commit']}. Machine: {data['machine']}. "
+             "± is the 95 % interval over seeds (Student's t). Last tenth: of the steps, a mean. "
              "Less penalty: an answer that was cut counts less by the penalty of the GVM's training. KL in "
              "nats per response. Seconds per step: the lower quartile, as other programs ran beside some.",
              "",
@@ -340,7 +369,8 @@ def page(data):
             said = [row["response"] for row in samples if row["prompt"] == answer["prompt"]]
             lines += [f"* {run}: {text!r}" for text in said[:1]]
         lines.append("")
-    return [*lines, "Commands:", "", *(f"* {run}: `{command}`" for run, command in data["commands"].items())]
+    return [*lines, "Commands of the first seed:", "",
+            *(f"* {run}: `{command}`" for run, command in data["commands"].items())]
 
 
 def main(argv=None):
@@ -349,17 +379,20 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", help="(default: 11 to 15; of what `make` made: 1 to 3)")
     p.add_argument("--runs", nargs="+", help="only these, by name")
     p.add_argument("--report", action="store_true", help="train nothing")
+    p.add_argument("--to", default="results", help="folder to write (default: results)")
     args = p.parse_args(argv)
     experiment = args.experiment
+    _, commands = EXPERIMENTS[experiment]
+    if unknown := set(args.runs or ()) - set(commands):
+        p.error(f"--runs {', '.join(unknown)}: not in {experiment}, which has {', '.join(commands)}")
     seeds = args.seeds or ([1, 2, 3] if experiment in MADE else [11, 12, 13, 14, 15])
     if not args.report:
-        _, commands = EXPERIMENTS[experiment]
         chosen = {run: commands[run] for run in args.runs or commands}
         models = dict.fromkeys(name for command in chosen.values() for name in models_of(command))
         two_at_a_time(functools.partial(prepare, experiment, models), seeds)
         jobs = [(seed, folder_of(experiment, run, seed), chosen[run]) for seed in seeds for run in chosen]
         two_at_a_time(lambda job: train(experiment, *job), jobs)
-    report(experiment, seeds)
+    report(experiment, seeds, args.to)
 
 
 if __name__ == "__main__":

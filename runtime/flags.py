@@ -27,7 +27,7 @@ PAPER = {
                kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512,
                max_steps=1000, save_every=100, advantage="delta", temperature=1.0),
     # comparators/, over rl
-    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": {},
+    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": dict(grad_accum=2),
 }
 # What the toy needs instead
 TINY = {
@@ -38,7 +38,7 @@ TINY = {
                lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
                kl_target=1.2, max_prompt_length=64, max_new_tokens=32, max_steps=100),
-    "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3),
+    "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3, grad_accum=1),
 }
 # Settings that learn within an hour on two cores: data/smollm2.py
 SMOLLM2 = {
@@ -48,6 +48,7 @@ SMOLLM2 = {
                lora_dropout=0.0),
     "rl": dict(lr=2e-5, critic_lr=2e-5, batch_size=32, mini_batch_size=8, grad_accum=1, ppo_epochs=1,
                max_prompt_length=64, max_new_tokens=32, max_steps=30, save_every=10, temperature=0.8),
+    "dpo": dict(grad_accum=1),
 }
 # One line per model; any other hub id or folder has the paper's settings at ZeRO-1
 PRESETS = {
@@ -166,12 +167,9 @@ def positions(path):
     return 1 << 30
 
 
-def check_context(model, args):
-    """Refuse what the positions of the model cannot hold."""
+def check_context(model, tokens):
+    """Refuse rows that the positions of the model cannot hold."""
     context = context_length(model.lm.config)
-    lengths = vars(args)
-    rollout = lengths.get("max_prompt_length", 0) + lengths.get("max_new_tokens", 0)
-    row = lengths.get("max_length", 0)
-    for flags, tokens in ("--max-prompt-length and --max-new-tokens", rollout), ("--max-length", row):
-        if tokens > context:
-            die(f"{flags} need {tokens} positions and the model has {context}; lower one of them")
+    if tokens > context:
+        die(f"rows of {tokens} tokens and a model of {context} positions: lower --max-length, "
+            "--max-prompt-length or --max-new-tokens")

@@ -82,6 +82,8 @@ def compiled_block(dynamic=False):
     def run_block(block, *args, **kwargs):
         return type(block).forward(block, *args, **kwargs)
 
+    # For every adapter, with a gradient and without, a row alone, and so on
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(run_block, fullgraph=True, dynamic=dynamic, options=OPTIONS)
 
 
@@ -104,6 +106,8 @@ def compile_blocks(model):
         if compiles and not has_cache:
             try:
                 return compiled_block(dynamic=True)(block, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as e:                      # no compiler, or a block that it does not understand
                 compiles = False
                 say_once(f"--compile: going on without ({first_line(e)})")

@@ -5,6 +5,7 @@ Open this file when a launch hangs or fails, or when you need one more collectiv
 import atexit
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -52,14 +53,13 @@ def say(line):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def report_error(kind, error, trace):
-    """sys.excepthook: what the memory cannot hold ends a run in one line, as wrong input does."""
-    too_large = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if not too_large:
-        return sys.__excepthook__(kind, error, trace)
-    advice = ("out of memory; try fewer rows per pass (lower --mini-batch-size, higher --grad-accum), --lora "
-              "(dvpo.py), --zero 3, --offload or --gradient-checkpointing; --dry-run prints a step's peak")
-    print(f"error: {advice}", file=sys.stderr, flush=True)
+def report_error(before, kind, error, trace):
+    """sys.excepthook, over the one `before`: what memory cannot hold ends a run in one line."""
+    if not re.search("out of memory|can't allocate memory", str(error)):
+        return before(kind, error, trace)
+    print("error: out of memory; try fewer rows per pass (higher --grad-accum; in RL a lower "
+          "--mini-batch-size, too), --lora (dvpo.py), --zero 3, --offload or --gradient-checkpointing; "
+          "--dry-run prints the peak of a step", file=sys.stderr, flush=True)
 
 
 def missing_model(path, error):
@@ -78,7 +78,6 @@ def missing_model(path, error):
 
 def start(args, out):
     """Join the process group, seed every rank, make the folder `out` and lock it -> the device."""
-    sys.excepthook = report_error
     if "RANK" not in os.environ:                        # plain python: a world of one, on a free port
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -97,6 +96,7 @@ def start(args, out):
         except dist.DistNetworkError as e:
             reason = str(e)[:80]
             die(f"the processes cannot meet ({reason}); choose another --master_port", all_ranks=True)
+        sys.excepthook = functools.partial(report_error, sys.excepthook)
     seed(args)
     with writing(f"--out {out}", "name another folder", code=2):
         os.makedirs(out, exist_ok=True)

@@ -1,7 +1,7 @@
 """A run: all that a stage has around its algorithm, in one object.
 
     run = common.Run(args, "dvpo", show=("gold", "kl"))     joins the processes; locks and makes --out
-    policy = run.engine("policy", model, lr, rows)          DeepSpeed
+    policy = run.engine("policy", model, lr, length, rows)  DeepSpeed
     state = run.resume()                                    what `keep` was given; {} in a new run
     for step in run.steps(args.max_steps):                  a progress bar, checkpoints, clean ends
         with run.phase("generate"):                         its seconds are logged as sec_generate
@@ -98,13 +98,13 @@ class Run:
         self.engines = {}                               # name: DeepSpeed engine
         self.copies = {}                                # id of a model: the copy that decodes for it
 
-    def engine(self, name, model, lr, rows, accum=1, decodes=False):
+    def engine(self, name, model, lr, length, rows, accum=1, decodes=False):
         """DeepSpeed over what is trainable in the model: `accum` passes of `rows` rows per update.
 
-        decodes: rollouts will ask for its actor. Ends the run where positions are too few for --max-length
-        and the like.
+        length: tokens of the longest row; the model must have as many positions. decodes: rollouts will ask
+        for its actor.
         """
-        check_context(model, self.args)
+        check_context(model, length)
         if decodes and self.args.zero == 3:             # before DeepSpeed shards the weights
             self.copies[id(model)] = copy.deepcopy(model).requires_grad_(False).eval()
         if self.args.compile:

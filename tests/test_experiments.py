@@ -1,3 +1,4 @@
+import argparse
 import importlib
 
 import pytest
@@ -61,14 +62,24 @@ def test_page_of_an_experiment_by_hand():
 def test_a_stopped_stage_is_not_done(tmp_path, monkeypatch):
     """A stage that was told to stop exits with 0, too: it counts only once it has measured itself."""
     calls = []
-    monkeypatch.setattr(experiments.subprocess, "run", lambda words, **_: calls.append(words))
+
+    def run(words, **_):
+        calls.append(words)
+        return argparse.Namespace(returncode=failure, stdout="")
+
+    failure = 0
+    monkeypatch.setattr(experiments, "commit", lambda: "x")
+    monkeypatch.setattr(experiments.subprocess, "run", run)
     out = str(tmp_path / "run")
     with pytest.raises(SystemExit, match="was stopped"):
         experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 1")
     assert "--gvm out/seeds/3/gvm/model --lr 1 --seed 3" in " ".join(calls[0])
+    failure = 1
+    with pytest.raises(SystemExit, match="dvpo.py failed; see .*run.log"):
+        experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 1")
     (tmp_path / "run" / "summary.json").write_text("{}")
     experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 1")
-    assert len(calls) == 1
+    assert len(calls) == 2
     with pytest.raises(SystemExit, match="holds another run"):
         experiments.train("methods", 3, out, "dvpo.py --gvm {gvm} --lr 2")
 

@@ -1,6 +1,7 @@
 import argparse
 import contextlib
 import io
+import sys
 from unittest import mock
 
 import pytest
@@ -208,11 +209,11 @@ def test_too_little_memory_ends_in_one_line():
 
     for error in torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[x] can't allocate memory: 12"):
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            report_error(type(error), error, None)
+            report_error(sys.excepthook, type(error), error, None)
         line, = said.getvalue().splitlines()
         assert line.startswith("error: out of memory; try fewer rows") and "--lora" in line
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        report_error(RuntimeError, RuntimeError("another"), None)
+        report_error(sys.excepthook, RuntimeError, RuntimeError("another"), None)
     assert "RuntimeError: another" in said.getvalue()
 
 

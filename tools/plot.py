@@ -2,7 +2,7 @@
 
     python tools/plot.py                                            curves of out/tiny/dvpo and out/tiny/ppo
     python tools/plot.py --run NAME FOLDER [...] --to FILE.png      of other runs; with seeds, mean and range
-    python tools/plot.py --heatmap GOOD/show.json BAD/show.json     token values, from train_gvm.py --show
+    python tools/plot.py --heatmap A/show.json B/show.json           token values, from train_gvm.py --show
 """
 import argparse
 import json
