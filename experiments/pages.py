@@ -3,8 +3,8 @@
     python experiments/pages.py             make results-check
     python experiments/pages.py --write     copy the tables anew
 
-Those pages are written by the programs that measured. A table behind `<!-- toy.md: Runs -->` is the table
-under the heading Runs of results/toy.md. A number with two or more decimals in prose must stand in one of
+Those pages are written by the programs that measured. A table behind `<!-- methods.md: Runs -->` is the table
+under the heading Runs of results/methods.md. A number with two or more decimals in prose must stand in one of
 the pages of results/ that its section names.
 """
 import argparse
