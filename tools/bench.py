@@ -297,7 +297,8 @@ def main(argv=None):
     to = f"results/bench_{'gpu' if CUDA else 'cpu'}.json"
     p.add_argument("--to", type=pathlib.Path, default=to, help="where results go")
     if "--card" in words:
-        p.set_defaults(shape="llama3-3b", prompt=256, new=1024, rounds=2, methods=[*METHODS])
+        p.set_defaults(shape="llama3-3b", prompt=256, new=1024, rounds=2,
+                       methods=["ppo", "dvpo", "lora", "dvpo-compile", "lora-compile"])
     args = p.parse_args(words)
     if args.card and not CUDA:
         p.error("--card: needs a CUDA machine")
