@@ -163,6 +163,7 @@ def test_compiled_passes():
     graphs.compiled_block.cache_clear()
     model = narrow_llama(5)
     model.requires_grad_(False).add_adapter("policy", 4, 8)
+    model.lm.get_input_embeddings().requires_grad_(True)            # so that all blocks have one kind of input
     own = model.adapter_parameters("policy").values()
     for p in own:
         torch.nn.init.normal_(p, std=0.1)
@@ -187,8 +188,7 @@ def test_compiled_passes():
             for a, b in zip(compiled_gradients, gradients, strict=True):
                 close(a, b, 1e-4)
     found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # Training: the first block, whose input has no gradient, and the others
-    assert found <= 4 and not said.getvalue(), (found, said.getvalue())
+    assert found <= 3 and not said.getvalue(), (found, said.getvalue())
     graphs.compiled_block.cache_clear()
 
 

@@ -139,7 +139,7 @@ def test_positions_that_depend_on_the_batch_are_not_used():
     assert common.context_length(rope("linear")) == 512
     assert common.context_length(transformers.MambaConfig()) == 1 << 30
     model = common.load_model(chat_model("longrope", longrope))
-    refused(lambda: common.check_context(model, 65, "--max-length"), "64")
+    refused(lambda: common.check_context(model, 65), "64", "--max-length")
     args = dvpo.parse_args(["--model", path("longrope")])               # the defaults fit
     assert (args.max_prompt_length, args.max_new_tokens) == (16, 32)
 
@@ -161,7 +161,7 @@ def test_a_model_that_also_sees():
     model.add_adapter("a", 2, 4)
     assert len(model.lora_layers()) == 14               # seven projections of two blocks
     assert common.context_length(model.lm.config) == 128
-    refused(lambda: common.check_context(model, 129, "--max-length"), "128")
+    refused(lambda: common.check_context(model, 129), "128", "--max-length")
     with torch.no_grad():
         kept = model.lm.model.vision_tower.embeddings.patch_embedding.weight.clone()
     data = ("--data", path("toy/sft_small.jsonl"), "--heldout", path("toy/sft_small.jsonl"))
