@@ -163,7 +163,7 @@ def test_compiled_passes():
     graphs.compiled_block.cache_clear()
     model = narrow_llama(5)
     model.requires_grad_(False).add_adapter("policy", 4, 8)
-    model.lm.get_input_embeddings().requires_grad_(True)            # so that all blocks have one kind of input
+    model.lm.get_input_embeddings().requires_grad_(True)        # one kind of input for all blocks
     own = model.adapter_parameters("policy").values()
     for p in own:
         torch.nn.init.normal_(p, std=0.1)
