@@ -319,12 +319,12 @@ def main(argv=None):
 
     # DeepSpeed: it makes the optimizers, and at ZeRO-3 it shards the weights
     length = args.max_prompt_length + args.max_new_tokens           # tokens of the longest row
-    passes = (length, args.mini_batch_size, args.grad_accum)
-    policy = run.engine("policy", model, args.lr, *passes, decodes=True)
+    update = (length, args.mini_batch_size, args.grad_accum)
+    policy = run.engine("policy", model, args.lr, *update, decodes=True)
     if args.freeze_critic:
         critic = run.frozen(critic_model)
     else:
-        critic = run.engine("critic", critic_model, args.critic_lr, *passes)
+        critic = run.engine("critic", critic_model, args.critic_lr, *update)
     trunk = run.frozen(trunk)
     # A critic from the GVM reads a tau of so many tokens at most
     if args.critic_from == "gvm":

@@ -34,6 +34,12 @@ def test_models_of_a_command():
     assert experiments.models_of("dvpo.py --tau-pairs 0") == []
 
 
+def test_folders():
+    assert experiments.folder_of("kl", "DVPO, from 0.05", 11) == "out/seeds/11/runs/dvpo_from_0_05"
+    assert experiments.folder_of("smollm2", "DVPO", 1) == "out/smollm2/dvpo"            # as `make` names it
+    assert experiments.folder_of("smollm2", "DVPO --lora", 2) == "out/smollm2/dvpo_lora_2"
+
+
 def test_page_of_an_experiment_by_hand():
     """Two seeds: PPO goes from 0 to 1 in steps of 0.1, DVPO is there at once."""
     def run(gold, late, fresh, kl, ended, step_seconds):
@@ -52,9 +58,9 @@ def test_page_of_an_experiment_by_hand():
     # A quarter of the answers pays the penalty of 0.5
     assert "| DVPO | 2 | 0.500 | 0.375 | 1.00 | 0.75 | 8.0 | 0.50 | 0.25 | 99 |" in page
     # 12.71 * 0.3536 / sqrt(2)
-    assert "| DVPO | 0.750 ± 3.178 | 1.00 ± 0.00 | 0.500 ± 0.000 | 1.00 ± 0.00 |  | 5 ± 0 | 1 ± 0 |" in page
+    assert "| DVPO | 0.750 ± 3.178 | 1.00 ± 0.00 | 0.500 ± 0.000 | 1.00 ± 0.00 |  | 5 ± 0 |" in page
     # Means of five steps reach 0.8 at the steps 0.6 to 1.0, the eleventh
-    assert "| 1.000 ± 0.000 | 2.00 ± 0.00 | 0.250 ± 0.000 | 2.00 ± 0.00 | +0.250 ± 3.178 | 11 ± 0 |" in page
+    assert "| 0.250 ± 0.000 | 2.00 ± 0.00 | +0.250 ± 3.178 | 11 ± 0 |" in page
     assert "| `gvm` | 9 ± 0 | 10 ± 0 | 0.500 ± 0.000 | 0.750 ± 0.000 | 0.875 ± 0.000 |" in page
     assert "| `rm` | 9 ± 0 | 20 ± 0 |  |  | 0.500 ± 0.000 |  |  |" in page
 

@@ -19,6 +19,7 @@ from helpers import (
     quirky_tokenizer,
     refused,
     run,
+    script,
     tiny_gpt2,
     tiny_llama,
     world,
@@ -202,6 +203,13 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
     flags = ("--gvm", path("gvm/model"), *RL, "--out", path("x"))
     refused(lambda: dvpo.main([*flags, "--max-new-tokens", "200"]), "positions", "256")
     refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")
+    small = path("toy/sft_small.jsonl")
+    sft_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
+    small = path("toy/gvm_small.jsonl")
+    gvm_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
+    long = ["--max-length", "257"]
+    refused(lambda: sft.main([*sft_argv, *long]), "257", "256 positions")
+    refused(lambda: train_gvm.main([*gvm_argv, *long]), "257", "256 positions")
 
 
 def test_too_little_memory_ends_in_one_line():
@@ -215,6 +223,14 @@ def test_too_little_memory_ends_in_one_line():
     with contextlib.redirect_stderr(io.StringIO()) as said:
         report_error(sys.excepthook, RuntimeError, RuntimeError("another"), None)
     assert "RuntimeError: another" in said.getvalue()
+    # And in a run
+    world()
+    argv = [*RL, "--gvm", path("gvm/model"), "--out", path("too_large")]
+    code = ("import dvpo, torch, unittest.mock as m; e = torch.OutOfMemoryError('CUDA out of memory'); "
+            f"m.patch('dvpo.rollout', side_effect=e).start(); dvpo.main({argv})")
+    done = script(sys.executable, "-c", code)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: out of memory; try fewer rows" in done.stderr
 
 
 def test_gelu_of_gpt2_is_fused():

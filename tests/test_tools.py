@@ -100,6 +100,9 @@ def test_bench_steps(bench_main):
         phases = sum(method[f"sec_{phase}"] for phase in ("generate", "score", "train"))
         assert 0 < phases < method["sec_step"] and method["rounds"] == [method["sec_step"]]
         assert method["peak"] > 2**27
+    for method in "ppo", "lora":                        # each with its own flags
+        with open(f"out/bench/turns/{method}/run.json") as f:
+            assert json.load(f).get("lora", False) == (method == "lora")
     assert f"| {lora['sec_step'] / ppo['sec_step']:.3f} | {lora['peak'] / ppo['peak']:.3f} |" in page
 
 
@@ -202,6 +205,8 @@ def test_card(card, monkeypatch):
     assert {*found["steps"]} == {"lora"} and "\n\n### Steps\n\n|  | generate s |" in lines
     assert lines.endswith("error: ppo ended") and "No time" not in lines
     with mock.patch.multiple(card, LIMIT=0):
+        assert card.steps(args, begin=float("-inf"))[1][-2:] == [
+            "No time was left for: lora.", "No time was left for: ppo."]
         assert "No time was left for: kernels." in card.measure(args, found)
 
 
