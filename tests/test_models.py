@@ -206,7 +206,8 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
     small = path("toy/sft_small.jsonl")
     sft_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
     small = path("toy/gvm_small.jsonl")
-    gvm_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
+    gvm_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x"),
+                "--prompts-heldout", path("toy/prompts_heldout.jsonl")]
     long = ["--max-length", "257"]
     refused(lambda: sft.main([*sft_argv, *long]), "257", "256 positions")
     refused(lambda: train_gvm.main([*gvm_argv, *long]), "257", "256 positions")
