@@ -18,9 +18,7 @@ demo: .venv/ready       ## everything from nothing to the table and the figures,
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 demo-dvpo demo-ppo
 	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was not bland . the staff was rude ." --policy good
 	$(PY) train_gvm.py --show "review the soup and the staff ." "the soup was bland . the staff was not rude ." --policy good --out out/tiny/flipped
-	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json
-	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/sft.json --policy out/tiny/sft/model
-	$(PY) tools/judge.py out/tiny/dvpo.json out/tiny/sft.json --reward data/toy.py:gold_reward --to out/tiny/verdict.json
+	$(PY) tools/sample.py --prompts data/toy/prompts_heldout.jsonl --to out/tiny/dvpo.json --reward data/toy.py:gold_reward
 	$(PY) experiments/run.py demo --report --to out/tiny
 	$(PY) tools/plot.py
 	$(PY) tools/plot.py --heatmap out/tiny/gvm/eval/show.json out/tiny/flipped/eval/show.json --to out/tiny/heatmap.png

@@ -438,6 +438,35 @@ def draw(p, u, size=256):
 
 
 @torch.no_grad()
+def rollout(model, prompts, tok, args, device, adapter=None):
+    """A sampled response per prompt, until an end token or for --max-new-tokens.
+
+    prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
+    """
+    # The prompts, padded on the left so that all responses begin in one column
+    ids, attn, _ = frame(prompts, [[] for _ in prompts], device)         # (B, P)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    end_ids = model.end_ids(tok)                                                # (E,)
+    response = []
+    mask = []
+    with decoding(model, ids, attn, adapter, args) as decode:
+        for t in range(args.max_new_tokens):
+            p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
+            u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
+            token = draw(p, u)                                           # (B,)
+            # A row that has ended goes on as padding. Its end token itself is trained.
+            response.append(token.masked_fill(ended, 0))
+            mask.append(~ended)
+            ended = ended | (token[:, None] == end_ids).any(1)
+            # The host waits for the device only here, every 16 tokens
+            if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
+                break
+            decode(token)
+    answered = append_responses(ids, attn, torch.stack(response, 1), torch.stack(mask, 1))
+    return *answered, ended
+
+
+@torch.no_grad()
 def check_model(model, path):
     """Refuse an architecture whose log-probs differ: by transformers, by LM.forward, or in a rollout."""
     # By transformers, and by LM.forward
@@ -776,8 +805,11 @@ def sort_by_length(order, attn, size):
 
 
 @torch.no_grad()
-def evaluate(run, rollout, model, policy, trunk, tok, rows, reward, adapter=None, n=256):
-    """Means over about n held-out prompts -> OUT/summary.json, the answers -> OUT/samples.jsonl."""
+def evaluate(run, model, policy, trunk, tok, rows, reward, adapter=None, n=256, about=None):
+    """Means over about n held-out prompts -> OUT/summary.json, the answers -> OUT/samples.jsonl.
+
+    trunk: the reference of the KL, or None. about: what else the summary says.
+    """
     args = run.args
     stride = args.batch_size * run.world
     batches = -(-n // stride)
@@ -796,16 +828,17 @@ def evaluate(run, rollout, model, policy, trunk, tok, rows, reward, adapter=None
         samples += [dict(prompt=p, response=text, ended=end) for p, text, end in answers]
 
         # 2. Means over the answers and ranks
-        T = mask.shape[1]
-        logp = policy(ids, attn, T, adapter, temperature=args.temperature)
-        ref_logp = trunk(ids, attn, T, None, temperature=args.temperature)
-        found = dict(kl=((logp - ref_logp) * mask).sum(1).mean(), ended=ended.float().mean(),
-                     length=mask.sum(1).float().mean())
+        found = dict(ended=ended.float().mean(), length=mask.sum(1).float().mean())
+        if trunk:
+            batch = (ids, attn, mask.shape[1])
+            logp = policy(*batch, adapter, temperature=args.temperature)
+            ref_logp = trunk(*batch, None, temperature=args.temperature)
+            found["kl"] = ((logp - ref_logp) * mask).sum(1).mean()
         if reward:
             found["gold"] = np.mean([reward(p, text) for p, text, _ in answers])
         for key, value in mean_over_ranks(found).items():
             sums[key] = sums.get(key, 0.0) + value / batches
-    run.write("summary.json", dict(sums, rollouts=batches * stride))
+    run.write("summary.json", (about or {}) | sums | dict(rollouts=batches * stride))
     run.write_lines("samples.jsonl", samples)           # those of rank 0
     numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
     run.say(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")

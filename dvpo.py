@@ -35,7 +35,6 @@ import argparse
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
 
@@ -75,8 +74,8 @@ def parse_args(argv=None):
          help="roll out with compiled blocks and CUDA graphs, for speed")
     # Value, advantage, loss
     flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: the GVM's)")
-    flag("--advantage", choices=("q", "delta", "authors"), default=d.advantage,
-         help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]; authors: as in their released code")
+    flag("--advantage", choices=("q", "delta"), default=d.advantage,
+         help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]")
     flag("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     # Distance to the reference
     flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
@@ -90,35 +89,6 @@ def parse_args(argv=None):
     if args.reward is not None:
         common.die(f"--reward is --gold now, as it is not trained on: --gold {args.reward}")
     return args
-
-
-@torch.no_grad()
-def rollout(model, prompts, tok, args, device, adapter=None):
-    """A sampled response per prompt, until an end token or for --max-new-tokens.
-
-    prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
-    """
-    # The prompts, padded on the left so that all responses begin in one column
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    end_ids = model.end_ids(tok)                                                # (E,)
-    response = []
-    mask = []
-    with common.decoding(model, ids, attn, adapter, args) as decode:
-        for t in range(args.max_new_tokens):
-            p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
-            u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
-            token = common.draw(p, u)                                           # (B,)
-            # A row that has ended goes on as padding. Its end token itself is trained.
-            response.append(token.masked_fill(ended, 0))
-            mask.append(~ended)
-            ended = ended | (token[:, None] == end_ids).any(1)
-            # The host waits for the device only here, every 16 tokens
-            if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-                break
-            decode(token)
-    frame = common.append_responses(ids, attn, torch.stack(response, 1), torch.stack(mask, 1))
-    return *frame, ended
 
 
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
@@ -147,8 +117,6 @@ def advantage(q, mask, kind, sigma):
     a response, Q[T-1] - V(s_0), is centred over the responses, by a shift of V(s_0): a mean taken off every
     token would make short answers pay wherever V(s_0) is too low. 0 outside the mask.
     """
-    if kind == "authors":                                           # which needs no sigma
-        return gae_without_reward(q[:, :-1], mask)
     if kind == "q":
         mean, std = common.masked_moments(q[:, 1:], mask)
         return (q[:, 1:] - mean) / std.clamp(min=sigma) * mask
@@ -157,24 +125,6 @@ def advantage(q, mask, kind, sigma):
     change[:, 0] -= common.all_sum(change.sum()) / common.all_sum(mask[:, 0].sum())
     _, std = common.masked_moments(change, mask)
     return change / std.clamp(min=sigma)
-
-
-def gae_without_reward(v, mask, lam=0.95):
-    """What the authors' released code has: GAE over whitened values, without a reward at the end.
-
-    v (B, T), the value before each token -> (B, T), 0 outside the mask. With lambda 1 this is -v.
-    """
-    # Whiten the values, not the advantage
-    mean, std = common.masked_moments(v, mask)
-    v = (v - mean) / std * mask
-    next_v = F.pad(v[:, 1:], (0, 1))                                # 0 behind the last token
-    adv = torch.zeros_like(v)
-    next_adv = torch.zeros_like(v[:, 0])
-    # Backwards in time: A_t = V_{t+1} - V_t + lambda A_{t+1}
-    for t in reversed(range(v.shape[1])):
-        next_adv = (next_v[:, t] - v[:, t] + lam * next_adv) * mask[:, t]
-        adv[:, t] = next_adv
-    return adv
 
 
 def main(argv=None):
@@ -227,7 +177,7 @@ def main(argv=None):
     if buffer is None and tau_pairs:
         _, prompts = prompts_of(args.max_steps)
         policy.eval()
-        ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device, adapter)
+        ids, _, mask, _ = common.rollout(run.actor(model), prompts, tok, args, device, adapter)
         buffer = (prompts, common.unpad(ids, mask))
 
     for step in run.steps(args.max_steps):
@@ -236,7 +186,7 @@ def main(argv=None):
         # 1. Rollout: a sampled response per prompt
         with run.phase("generate"):
             policy.eval()
-            rolled_out = rollout(run.actor(model), prompts, tok, args, device, adapter)
+            rolled_out = common.rollout(run.actor(model), prompts, tok, args, device, adapter)
         ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
         T = mask.shape[1]                                           # the longest response
         responses = common.unpad(ids, mask)
@@ -326,7 +276,7 @@ def main(argv=None):
 
     # Save, and measure on fresh answers to held-out prompts
     run.save_model(model, tok, adapter)
-    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
+    common.evaluate(run, model, policy, trunk, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

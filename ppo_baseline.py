@@ -115,35 +115,6 @@ def parse_args(argv=None):
     return args
 
 
-@torch.no_grad()
-def rollout(model, prompts, tok, args, device, adapter=None):
-    """A sampled response per prompt, until an end token or for --max-new-tokens.
-
-    prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
-    """
-    # The prompts, padded on the left so that all responses begin in one column
-    ids, attn, _ = common.frame(prompts, [[] for _ in prompts], device)         # (B, P)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    end_ids = model.end_ids(tok)                                                # (E,)
-    response = []
-    mask = []
-    with common.decoding(model, ids, attn, adapter, args) as decode:
-        for t in range(args.max_new_tokens):
-            p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
-            u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
-            token = common.draw(p, u)                                           # (B,)
-            # A row that has ended goes on as padding. Its end token itself is trained.
-            response.append(token.masked_fill(ended, 0))
-            mask.append(~ended)
-            ended = ended | (token[:, None] == end_ids).any(1)
-            # The host waits for the device only here, every 16 tokens
-            if t + 1 == args.max_new_tokens or (t % 16 == 15 and ended.all()):
-                break
-            decode(token)
-    frame = common.append_responses(ids, attn, torch.stack(response, 1), torch.stack(mask, 1))
-    return *frame, ended
-
-
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
     """Eq. (3), negated, a mean over the masked tokens: (B, T) each -> scalar, {clip_frac, ...}.
 
@@ -308,7 +279,7 @@ def main(argv=None):
     if args.critic_from == "gvm":
         # The GVM learned raw rewards; in RL the reward model's score is standardised
         made_by = f"python train_gvm.py --model {args.model}"
-        gvm = common.load_adapter(trunk, tok, args.gvm, made_by, needs=("reward_mean",))
+        gvm = common.load_adapter(trunk, tok, args.gvm, made_by)
         unit = (0.0, 1.0) if reward else (gvm["reward_mean"], gvm["reward_std"])
         start_critic(critic_model, trunk, "gvm", *unit)
     elif reward is None:
@@ -347,7 +318,7 @@ def main(argv=None):
     if buffer is None and args.critic_from == "gvm":
         _, prompts = prompts_of(args.max_steps)
         policy.eval()
-        ids, _, mask, _ = rollout(run.actor(model), prompts, tok, args, device)
+        ids, _, mask, _ = common.rollout(run.actor(model), prompts, tok, args, device)
         buffer = (prompts, common.unpad(ids, mask))
 
     for step in run.steps(args.max_steps):
@@ -357,7 +328,7 @@ def main(argv=None):
         with run.phase("generate"):
             policy.eval()
             critic.eval()
-            rolled_out = rollout(run.actor(model), prompts, tok, args, device)
+            rolled_out = common.rollout(run.actor(model), prompts, tok, args, device)
         ids, attn, mask, ended = rolled_out                         # (B, P+T), mask (B, T)
         T = mask.shape[1]                                           # the longest response
         responses = common.unpad(ids, mask)
@@ -373,7 +344,8 @@ def main(argv=None):
             old_logp = common.forward_in_micro_batches(policy, *batches, **sampling)      # (B, T)
             ref_logp = common.forward_in_micro_batches(trunk, *batches, **sampling)       # (B, T)
 
-            # 3. Value of the critic before each token, and the reward of the whole response
+            # 3. Value of the critic before each token, and the reward of the whole response.
+            #    The critic reads what the policy wrote, alone or behind a tau.
             critic_ids = ids
             critic_attn = attn
             if args.critic_from == "gvm":
@@ -483,7 +455,7 @@ def main(argv=None):
 
     # Save, and measure on fresh answers to held-out prompts
     run.save_model(model, tok)
-    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold)
+    common.evaluate(run, model, policy, trunk, tok, heldout, gold)
 
 
 if __name__ == "__main__":

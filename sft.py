@@ -6,11 +6,8 @@ Writes  a transformers folder and metrics.jsonl    out/tiny/sft/model
 Objective: cross-entropy on the response tokens, <eos> included, a mean over the tokens of the whole batch.
 AdamW, cosine decay, 2 warm-up steps, batch 16, 3 epochs (arXiv 2502.16944 v1, appendix A: "the paper").
 
-Deviations from the paper
-1. It gives one batch size for 8 GPUs. Here every batch size is per GPU, the only reading under which its
-   batches of 4 and 8 can be split over 8 GPUs.
-2. --pack N puts N rows of the same policy (where rows name one) before each, and trains all of them: the
-   trunk of train_gvm.py should know conversations that look like a tau.
+Deviation from the paper: it gives one batch size for 8 GPUs. Here every batch size is per GPU, the only
+reading under which its batches of 4 and 8 can be split over 8 GPUs.
 
     python sft.py                                               the toy, on a CPU
     python sft.py --model llama3-3b                             one GPU
@@ -18,15 +15,13 @@ Deviations from the paper
 """
 import math
 
-import numpy as np
 import torch
-from transformers import GenerationConfig
 
 import common
 
 
 def parse_args(argv=None):
-    p, d = common.flags(__doc__, argv, "gvm", "sft")        # "gvm" for --tau-length alone
+    p, d = common.flags(__doc__, argv, "sft")
     flag = p.add_argument
     # Data and models
     flag("--data", default=f"{d.data}/sft.jsonl", help="rows {prompt, response} to train on")
@@ -43,13 +38,14 @@ def parse_args(argv=None):
     flag("--max-steps", type=int, help="stop after so many updates, whatever --epochs says")
     # What a row may look like
     flag("--max-length", type=int, default=d.max_length, help="tokens; prompts get half at most")
-    flag("--pack", type=int, default=0, help="rows of the same policy put before each one")
-    flag("--tau-length", type=int, default=d.tau_length, help="--pack: tokens per earlier answer")
     # Samples at the end
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
     flag("--gold", "--reward", default=d.reward,
          help="FILE.py:function(prompt, response) -> float, scores samples at the end")
-    return common.parse(p, argv)
+    p.set_defaults(temperature=1.0, static_cache=d.cuda)
+    args = common.parse(p, argv)
+    args.max_prompt_length = args.max_length // 2            # of samples, as of training
+    return args
 
 
 def sft_loss(logp, mask, n_tokens):
@@ -84,41 +80,12 @@ def heldout_loss(run, policy, tok, rows):
     return (run.sum(total) / run.sum(count).clamp(min=1)).item()
 
 
-@torch.no_grad()
-def sample_gold(run, actor, tok, rows, reward, n=256):
-    """Mean reward of about n sampled answers to the held-out prompts, over all ranks.
-
-    transformers samples them: a stage imports only common, and RL's rollout is in dvpo.py.
-    """
-    args = run.args
-    # Plain sampling, as in training: no top-k, no top-p, every end token of the model
-    end_ids = actor.end_ids(tok).tolist()
-    plain = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tok.eos_token_id,
-                             eos_token_id=end_ids, max_new_tokens=args.max_new_tokens)
-    # The model's own configuration would fill in what `plain` leaves open
-    own = actor.lm.generation_config
-    actor.lm.generation_config = plain
-    scores = []                                              # of this rank
-    stride = args.batch_size * run.world
-    for start in range(0, n, stride):
-        index = range(start + run.rank, start + stride, run.world)
-        prompts = [rows[j % len(rows)]["prompt"] for j in index]
-        prompt_ids = [common.encode_prompt(tok, p, args.max_length // 2) for p in prompts]
-        ids, attn, _ = common.frame(prompt_ids, [[]] * len(prompts), run.device)
-        # The responses follow the prompts, which are padded on the left
-        whole = actor.lm.generate(ids, attention_mask=attn, generation_config=plain)
-        texts = tok.batch_decode(whole[:, ids.shape[1]:], skip_special_tokens=True)
-        scores += [reward(p, text) for p, text in zip(prompts, texts, strict=True)]
-    actor.lm.generation_config = own
-    return common.mean_over_ranks(dict(gold=sum(scores) / len(scores)))["gold"]
-
-
 def main(argv=None):
     args = parse_args(argv)
 
     # Data: every line is checked before anything is trained
     tok = common.load_tokenizer(args.init_from)
-    train = common.Rows(common.read_rows(args.data, ["prompt", "response"], tok=tok))
+    train = common.read_rows(args.data, ["prompt", "response"], tok=tok)
     heldout = common.read_rows(args.heldout, ["prompt", "response"], tok=tok)
     # Samples only matter where a function scores them
     reward = common.load_function(args.gold)
@@ -138,15 +105,9 @@ def main(argv=None):
 
     policy.train()                                           # for --gradient-checkpointing
     for step in run.steps(steps):
-        # 1. Batch: rows, each after --pack others of its policy. Similar lengths stand side by side:
-        #    less padding
-        sequences = []
-        for i in run.batch(len(train), args.batch_size, step):
-            # Seeded by step and row: a resumed run draws the same
-            rng = np.random.default_rng([args.seed, step, i])
-            before = train.draw(train[i].get("policy"), train[i]["prompt"], args.pack, rng)
-            sequence = common.pack(tok, train[i], before, args.max_length, args.tau_length)
-            sequences.append(sequence)
+        # 1. Batch. Similar lengths stand side by side: less padding
+        index = run.batch(len(train), args.batch_size, step)
+        sequences = [common.pack(tok, train[i], [], args.max_length, 0) for i in index]
         sequences.sort(key=lambda sequence: len(sequence[0]))
         ids, attn, mask = common.packed_frame(sequences, run.device)        # (B, P+T), (B, T)
         n_tokens = run.sum(mask.sum())                       # of all ranks
@@ -169,17 +130,14 @@ def main(argv=None):
         # 3. Log, which takes the mean over ranks; this loss is a sum over them
         run.log(loss=loss * run.world, lr=lr, tokens=n_tokens)
 
-    # 4. Save, held-out loss
+    # 4. Save, and measure: the loss on held-out rows, and where a function scores them, samples
     policy.eval()                                            # no checkpointing from here on
     run.save_model(model, tok)
-    summary = dict(steps=steps, heldout_loss=heldout_loss(run, policy, tok, heldout))
-    gold = ""
+    found = dict(steps=steps, heldout_loss=heldout_loss(run, policy, tok, heldout))
+    run.say(f"held-out loss {found['heldout_loss']:.4f} nats per token; wrote {args.out}/model")
     if reward:
-        summary["gold"] = sample_gold(run, run.actor(model), tok, prompts, reward)
-        gold = f", gold reward of samples {summary['gold']:.3f}"
-    run.write("summary.json", summary)
-    loss = f"held-out loss {summary['heldout_loss']:.4f} nats per token"
-    run.say(f"{loss}{gold}; wrote {args.out}/model")
+        return common.evaluate(run, model, policy, None, tok, prompts, reward, about=found)
+    run.write("summary.json", found)
 
 
 if __name__ == "__main__":

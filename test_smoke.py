@@ -145,7 +145,7 @@ def test_greedy_rollout_equals_generate():
     args = dvpo.parse_args(["--temperature", "1e-6", "--max-new-tokens", "24"])
     prompts = [common.encode_prompt(tok, p) for p in PROMPTS]
     for args.static_cache in (False, True):
-        ids, attn, mask, _ = dvpo.rollout(model, prompts, tok, args, "cpu")
+        ids, attn, mask, _ = common.rollout(model, prompts, tok, args, "cpu")
         P = ids.shape[1] - mask.shape[1]
         want = model.lm.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False, max_new_tokens=24,
                                  pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)

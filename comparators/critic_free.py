@@ -14,7 +14,7 @@ Objective, for --group-size responses y_i to each prompt x, with dvpo.py's ratio
     REINFORCE   L = E[(A - kl_coef (log pi - log pi_ref)) log pi], no gradient in (...);
                 one update per batch of rollouts
 
-    --method   arXiv        --baseline            --scale   --loss-mean   update
+    --method   arXiv        baseline              scale     loss_mean     update
     grpo       2402.03300   mean of the group     std       response      clipped
     dr_grpo    2503.20783   mean of the group     none      token         clipped
     rloo       2402.14740   mean of the others    none      token         REINFORCE
@@ -46,7 +46,6 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common
-from dvpo import rollout
 
 METHODS = {
     "grpo": dict(clipped=True, baseline="mean", scale="std", loss_mean="response"),
@@ -65,7 +64,8 @@ def parse_args(argv=None):
     # One update per rollout needs a larger learning rate than several: RLOO takes ReMax's
     p, d = common.flags(__doc__, argv, "rl", "grpo" if own.clipped else "remax")
     flag = p.add_argument
-    flag("--method", choices=METHODS, default=method, help="sets defaults of the other flags")
+    p.set_defaults(**METHODS[method])                               # args.baseline and so on
+    flag("--method", choices=METHODS, default=method, help="see the table above")
     flag("--data", default=f"{d.data}/prompts.jsonl", help="rows {prompt} to roll out")
     flag("--heldout", default=f"{d.data}/prompts_heldout.jsonl", help="rows to measure on")
     flag("--init-from", default=d.start, help="SFT model: first policy, reference")
@@ -79,11 +79,6 @@ def parse_args(argv=None):
     flag("--mini-batch-size", type=int, default=d.mini_batch_size, help="rows per pass")
     flag("--group-size", type=int, default=1 if own.baseline == "greedy" else 8,
          help="sampled responses per prompt (GRPO's paper 64)")
-    flag("--baseline", choices=("mean", "loo", "greedy"), default=own.baseline,
-         help="reward to subtract: mean of the group, of the others in it, or the greedy one")
-    flag("--scale", choices=("std", "none"), default=own.scale, help="of the advantage")
-    flag("--loss-mean", choices=("response", "token"), default=own.loss_mean,
-         help="what has equal weight in the loss: each response, or each token")
     flag("--lr", type=float, default=d.lr, help="learning rate of the policy")
     flag("--max-prompt-length", type=int, default=d.max_prompt_length, help="in tokens")
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="of a response")
@@ -106,7 +101,7 @@ def parse_args(argv=None):
     if not own.clipped:
         args.grad_accum = args.batch_size // args.mini_batch_size
     # A single response has no others and no standard deviation
-    least = 1 if args.baseline == "greedy" and args.scale == "none" else 2
+    least = 1 if args.baseline == "greedy" else 2
     if args.group_size < least or args.batch_size % args.group_size:
         common.die(f"--group-size {args.group_size}: must be {least} or more, and divide "
                    f"--batch-size {args.batch_size}")
@@ -164,7 +159,6 @@ def reinforce_loss(logp, ref_logp, adv, weight, kl_coef):
 
 def main(argv=None):
     args = parse_args(argv)
-    clipped = METHODS[args.method]["clipped"]
     reward = common.load_function(args.reward)
     gold = common.load_function(args.reward or args.gold)
     tok = common.load_tokenizer(args.init_from)
@@ -211,7 +205,7 @@ def main(argv=None):
         # 1. Rollout: a group of responses per prompt
         with run.phase("generate"):
             policy.eval()
-            rolled_out = rollout(
+            rolled_out = common.rollout(
                 run.actor(model), prompt_ids, tok, rollout_args, device, adapter)
         ids, attn, mask, ended = rolled_out
         T = mask.shape[1]                                           # tokens of the longest
@@ -250,7 +244,7 @@ def main(argv=None):
             sampling = dict(temperature=args.temperature)
             ref_logp = common.forward_in_micro_batches(trunk, *batches, **sampling)   # (B, T)
             old_logp = torch.zeros_like(ref_logp)                   # filled in by part 5
-            if clipped:
+            if args.clipped:
                 old_logp = common.forward_in_micro_batches(
                     policy, *batches, adapter=adapter, **sampling)
 
@@ -269,7 +263,7 @@ def main(argv=None):
                     for m in group.split(args.mini_batch_size):
                         logp = policy(ids[m], attn[m], T, adapter, **sampling)
                         parts = (ref_logp[m], adv[m, None])
-                        if clipped:
+                        if args.clipped:
                             share = weight[m] / total
                             loss, stat = clipped_loss(
                                 logp, old_logp[m], *parts, share, args.clip, kl_coef)
@@ -286,7 +280,7 @@ def main(argv=None):
 
         # 6. Log, adapt the KL coefficient
         row = dict(greedy_score=greedy_score.mean()) if n_greedy else dict(no_signal=no_signal)
-        if clipped:
+        if args.clipped:
             row |= {key: common.token_mean(stats, key) for key in ("clip_frac", "kl_step")}
             row["ratio_first"] = stats[0]["ratio"]
         if gold:
@@ -305,7 +299,7 @@ def main(argv=None):
 
     # Save, and measure on fresh answers to held-out prompts
     run.save_model(model, tok, adapter)
-    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
+    common.evaluate(run, model, policy, trunk, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import common
-from dvpo import rollout
 
 
 def parse_args(argv=None):
@@ -151,7 +150,7 @@ def main(argv=None):
     trunk = policy                                      # with its adapter off
     if not args.lora:
         trunk = run.frozen(common.load_model(args.init_from, args, trainable=False))
-    common.evaluate(run, rollout, model, policy, trunk, tok, heldout, gold, adapter)
+    common.evaluate(run, model, policy, trunk, tok, heldout, gold, adapter)
 
 
 if __name__ == "__main__":

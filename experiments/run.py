@@ -78,7 +78,6 @@ EXPERIMENTS = {
         "PPO": PPO,
         "PPO, critic from the GVM, trained on": f"{PPO} --critic-from gvm",
         "PPO, critic from the GVM, frozen": f"{PPO} --critic-from gvm --freeze-critic",
-        "DVPO --advantage authors": f"{DVPO} --advantage authors",
     }),
     "kl": ("From a KL coefficient too small and too large", {
         f"{name}, from {kl_coef}": f"{command} --kl-coef {kl_coef}"

@@ -86,11 +86,10 @@ def save_adapter(model, name, tok, folder, **meta):
             pathlib.Path(tmp, "adapter.json").write_text(json.dumps(about, indent=1))
 
 
-def load_adapter(model, tok, folder, made_by, asked=None, needs=()):
+def load_adapter(model, tok, folder, made_by, asked=None):
     """Put a saved adapter and its head, frozen, on `model` -> its meta data.
 
-    Refuses one of another trunk or tokenizer, one that was trained with other flags than `asked`, a dict, and
-    one whose meta data lacks a key of `needs`.
+    Refuses one of another trunk or tokenizer, and one that was trained with other flags than `asked`, a dict.
     """
     try:
         meta = json.loads(pathlib.Path(folder, "adapter.json").read_text())
@@ -105,15 +104,8 @@ def load_adapter(model, tok, folder, made_by, asked=None, needs=()):
         if meta.get(key, value) != value:
             flag = f"--{key.replace('_', '-')} {value}"
             die(f"{flag}: {folder} was trained with {meta[key]}; name another folder, or first {made_by}")
-    if missing := set(needs) - set(meta):
-        die(f"{folder}: does not say its {', '.join(missing)}; train it again: {made_by}")
-    # Adapters of earlier versions: no key for a head on h_t alone, none for a token half that is not scaled
-    sees_token = meta.get("sees_token", False)
-    tied = model.lm.get_input_embeddings().weight is model.lm.get_output_embeddings().weight
-    if sees_token and "token_scale" not in meta and not tied:
-        die(f"{folder}: its head reads the input embedding, as older versions did; train it again: {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
-    model.add_head(meta["name"], sees_token, meta.get("token_scale", 1.0 if sees_token else None))
+    model.add_head(meta["name"], meta["sees_token"], meta["token_scale"])
     for key, p in model.adapter_parameters(meta["name"]).items():
         p.requires_grad_(False).copy_(own[key])
     return meta

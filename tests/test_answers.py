@@ -11,7 +11,6 @@ from helpers import GVM, RL, Args, close, path, refused, run, tiny_gpt2, tiny_ll
 
 import common
 import dvpo
-import ppo_baseline
 import runtime.run
 import train_gvm
 from data import toy
@@ -33,13 +32,12 @@ def emits(model, token):
     return model
 
 
-@pytest.mark.parametrize("stage", [dvpo, ppo_baseline])
-def test_any_id_of_the_generation_configuration_ends_an_answer(stage):
+def test_any_id_of_the_generation_configuration_ends_an_answer():
     tok = toy.tokenizer()
     model = emits(tiny_llama(), 7)
     for named, steps in ([2, 7], 1), (7, 1), (2, 24), (None, 24):
         model.lm.generation_config.eos_token_id = named
-        ids, _, mask, ended = stage.rollout(model, [[1, 4, 9]], tok, Args, "cpu")
+        ids, _, mask, ended = common.rollout(model, [[1, 4, 9]], tok, Args, "cpu")
         assert mask.sum().item() == steps and ended.item() == (steps == 1)
         assert ids[0, 3].item() == 7
         if steps == 1:                                  # transformers stops there, too
@@ -183,7 +181,7 @@ def test_tau_of_the_first_step_is_not_what_is_valued(monkeypatch):
     """At every step tau holds answers of an earlier rollout; pairs and tokens are logged."""
     world()
     drawn, sampled = [], []
-    real_draw, real_rollout = common.draw_tau, dvpo.rollout
+    real_draw, real_rollout = common.draw_tau, common.rollout
 
     def rollout(*args, **kwargs):
         out = real_rollout(*args, **kwargs)
@@ -195,7 +193,7 @@ def test_tau_of_the_first_step_is_not_what_is_valued(monkeypatch):
         return real_draw(tok, buffer, *rest)
 
     monkeypatch.setattr(common, "draw_tau", draw)
-    monkeypatch.setattr(dvpo, "rollout", rollout)
+    monkeypatch.setattr(common, "rollout", rollout)
     rows = run(dvpo, *RL, "--gvm", path("gvm/model"), "--out", path("taus"), "--max-steps", 2,
                "--batch-size", 8, "--mini-batch-size", 8)
     for responses, rollouts in drawn:

@@ -1,6 +1,5 @@
 """Wrong data, flags and folders end in one line on stderr that says what to fix, with exit code 2."""
 import gzip
-import json
 import os
 import shutil
 import socket
@@ -14,7 +13,7 @@ import dvpo
 import ppo_baseline
 import sft
 import train_gvm
-from tools import judge, label
+from tools import label
 
 SFT_ROW = j(prompt="a", response="b")
 GVM_ROW = j(prompt="a", response="b", reward=1, policy="p")
@@ -151,20 +150,16 @@ ANSWERS = ["None", "'0.5'", "True", "float('nan')", "1e308", "[0.5]"]
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-@pytest.mark.parametrize("program", [dvpo, ppo_baseline, label, judge])
+@pytest.mark.parametrize("program", [dvpo, ppo_baseline, label])
 def test_what_a_reward_function_returns(program, answer):
     """One line names the function, what it returned, and for which prompt."""
     world()
     with open(path("odd_reward.py"), "w") as f:
         f.write(f"def reward(prompt, response):\n    return {answer}\n")
-    with open(path("odd_answers.json"), "w") as f:
-        json.dump([dict(instruction="review the wine .", output="the wine was great .", generator="a")], f)
     gvm = ["--gvm", path("gvm/model")] if program is dvpo else []
     argv = [*gvm, *RL, "--out", path("x")]
     if program is label:
         argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to", path("labels")]
-    if program is judge:
-        argv = [path("odd_answers.json"), path("odd_answers.json"), "--to", path("odd_verdict.json")]
     returned = str(eval(answer))
     flag = "--gold" if program is dvpo else "--reward"
     refused(lambda: program.main([*argv, flag, path("odd_reward.py:reward")]),

@@ -1,4 +1,4 @@
-"""What PPO's critic starts from, the reward model's flags, and the advantage of the authors' code."""
+"""What PPO's critic starts from, and the reward model's flags."""
 import json
 import os
 
@@ -96,17 +96,6 @@ def test_flags_that_the_reward_model_was_not_trained_with_are_refused():
     refused(lambda: ppo_baseline.main([*again, "--rm-lr", "0.5"]), "--rm-lr 0.5", "trained with")
     other = path("toy/pairs.jsonl")
     refused(lambda: ppo_baseline.main([*again, "--pairs", other]), "--pairs", "toy/pairs_small.jsonl")
-
-
-def test_the_authors_advantage_by_hand():
-    """GAE of whitened values without a reward: with lambda 1 it is -V, so that it rewards low values."""
-    v = torch.tensor([[1.0, 3.0], [5.0, 9.0]])
-    mask = torch.tensor([[True, True], [True, False]])
-    s = (8 / 3) ** 0.5                                  # of 1, 3, 5, whose mean is 3
-    white = torch.tensor([[-2 / s, 0.0], [2 / s, 0.0]])
-    close(dvpo.gae_without_reward(v, mask, lam=1.0), -white)
-    # lambda 0.5: the last one is -V = 0; before, (0 + 2 / s) + 0.5 x 0
-    close(dvpo.gae_without_reward(v, mask, lam=0.5), [[2 / s, 0.0], [-2 / s, 0.0]])
 
 
 def test_heads_read_the_output_embedding_at_the_size_of_the_state():

@@ -25,10 +25,9 @@ def test_gvm_loss_by_hand():
     close(q.grad, [[-0.2, -0.2, -1.4], [-2, 6, 0]])
 
 
-def test_both_stages_have_one_rollout_and_one_loss():
-    for function in ("rollout", "clipped_ppo_loss"):
-        ours, theirs = (inspect.getsource(getattr(stage, function)) for stage in (dvpo, ppo_baseline))
-        assert ours == theirs, function
+def test_both_stages_have_one_loss():
+    ours, theirs = (inspect.getsource(stage.clipped_ppo_loss) for stage in (dvpo, ppo_baseline))
+    assert ours == theirs
 
 
 def test_value_loss_by_hand():

@@ -107,7 +107,7 @@ def test_the_presets_architectures_through_all_stages(kind):
     common.save_model(lm.eval(), tok, path("q", kind, "saved"), "policy")
     args, prompts = Args(), [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
     args.temperature = 1e-6
-    ids, attn, mask, _ = dvpo.rollout(lm, prompts, tok, args, "cpu", "policy")
+    ids, attn, mask, _ = common.rollout(lm, prompts, tok, args, "cpu", "policy")
     loaded = AutoModelForCausalLM.from_pretrained(path("q", kind, "saved")).eval()
     P = ids.shape[1] - mask.shape[1]
     greedy = loaded.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False, top_k=None,
@@ -204,10 +204,10 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
     refused(lambda: dvpo.main([*flags, "--max-new-tokens", "200"]), "positions", "256")
     refused(lambda: dvpo.main([*flags, "--save-every", "0"]), "--save-every")
     small = path("toy/sft_small.jsonl")
-    sft_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
+    sft_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x"),
+                "--prompts", path("toy/prompts_heldout.jsonl")]
     small = path("toy/gvm_small.jsonl")
-    gvm_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x"),
-                "--prompts-heldout", path("toy/prompts_heldout.jsonl")]
+    gvm_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
     long = ["--max-length", "257"]
     refused(lambda: sft.main([*sft_argv, *long]), "257", "256 positions")
     refused(lambda: train_gvm.main([*gvm_argv, *long]), "257", "256 positions")
@@ -228,7 +228,7 @@ def test_too_little_memory_ends_in_one_line():
     world()
     argv = [*RL, "--gvm", path("gvm/model"), "--out", path("too_large")]
     code = ("import dvpo, torch, unittest.mock as m; e = torch.OutOfMemoryError('CUDA out of memory'); "
-            f"m.patch('dvpo.rollout', side_effect=e).start(); dvpo.main({argv})")
+            f"m.patch('common.rollout', side_effect=e).start(); dvpo.main({argv})")
     done = script(sys.executable, "-c", code)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "error: out of memory; try fewer rows" in done.stderr

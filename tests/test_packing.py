@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from helpers import TMP, close, run, tiny_gpt2, tiny_llama
+from helpers import TMP, close, tiny_gpt2, tiny_llama
 
 import common
-import sft
 import train_gvm
 from data import toy
 
@@ -79,30 +77,6 @@ def test_targets_do_not_leak_between_rows():
     ends = score[0].isfinite().nonzero()[:, 0].tolist()
     close(after[:, :ends[1] + 1], before[:, :ends[1] + 1])
     assert (after[:, begins[2]:] != before[:, begins[2]:]).all()
-
-
-def test_sft_pack():
-    """One step over two rows, each behind the other, against cross-entropy of whole texts by transformers."""
-    tok, world, out = toy.tokenizer(), os.path.join(TMP, "packing"), os.path.join(TMP, "pack")
-    toy.make(world, sft_rows=100, rows_per_policy=10, heldout_rows_per_policy=10)
-    toy.write_jsonl(f"{world}/two.jsonl", [dict(row, policy=None) for row in ROWS[:2]])
-    model = transformers.AutoModelForCausalLM.from_pretrained(f"{world}/model").eval()
-    loss, tokens = 0.0, 0
-    for first, second in (ROWS[0], ROWS[1]), (ROWS[1], ROWS[0]):
-        said = [dict(role=role, content=row[key]) for row in (first, second)
-                for role, key in (("user", "prompt"), ("assistant", "response"))]
-        ids = torch.tensor(tok.apply_chat_template(said, return_dict=False))
-        logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-        turn = 0
-        for token, value in zip(ids[1:].tolist(), logp.tolist(), strict=True):
-            if turn % 2:
-                loss, tokens = loss - value, tokens + 1
-            turn += token in (tok.convert_tokens_to_ids("<assistant>"), tok.eos_token_id)
-    row, = run(sft, "--data", f"{world}/two.jsonl", "--heldout", f"{world}/sft_heldout.jsonl", "--prompts",
-               f"{world}/prompts_heldout.jsonl", "--init-from", f"{world}/model", "--batch-size", 2,
-               "--max-steps", 1, "--pack", 2, "--reward", "", "--out", out)
-    assert row["tokens"] == tokens
-    close(row["loss"], loss / tokens, 1e-4)
 
 
 def test_what_is_trained():

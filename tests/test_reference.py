@@ -96,7 +96,7 @@ def stage_flags(*namespaces, **more):
 def recorded(stage, *flags):
     """Runs the stage -> its metrics, its answers [rollout][row] as ids, its shuffles of rows."""
     answers, shuffles = [], []
-    real_rollout = stage.rollout
+    real_rollout = common.rollout
     real_randperm = torch.randperm
 
     def rollout(*args):
@@ -112,7 +112,7 @@ def recorded(stage, *flags):
 
     prompts = path("ref/prompts.jsonl")
     files = stage_flags(init_from=path("ref/model"), data=prompts, heldout=prompts)
-    with (mock.patch.object(stage, "rollout", rollout), mock.patch("torch.randperm", randperm),
+    with (mock.patch.object(common, "rollout", rollout), mock.patch("torch.randperm", randperm),
           mock.patch("common.evaluate")):
         metrics = run(stage, *files, *stage_flags(RL), "--lr-decay", *flags)
     return metrics, answers, iter(shuffles)

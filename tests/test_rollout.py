@@ -11,7 +11,6 @@ from helpers import PROMPT, Args, close, tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import common
-import dvpo
 from data import toy
 from runtime import graphs
 
@@ -22,7 +21,7 @@ def test_greedy_rollout_equals_generate():
     prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
     model = tiny_llama(3)                               # test_smoke.py has a GPT-2
     for args.static_cache in (False, True):
-        ids, attn, mask, ended = dvpo.rollout(model, prompts, tok, args, "cpu")
+        ids, attn, mask, ended = common.rollout(model, prompts, tok, args, "cpu")
         P = ids.shape[1] - mask.shape[1]
         want = model.lm.generate(ids[:, :P], attention_mask=attn[:, :P], do_sample=False,
                                  max_new_tokens=24, pad_token_id=tok.pad_token_id,
@@ -37,7 +36,7 @@ def test_rollout_logp_equals_teacher_forced():
     args.temperature = 0.8
     prompts = [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")] * 4
     torch.manual_seed(0)
-    ids, attn, mask, ended = dvpo.rollout(model, prompts, tok, args, "cpu")
+    ids, attn, mask, ended = common.rollout(model, prompts, tok, args, "cpu")
     P = ids.shape[1] - mask.shape[1]
     with torch.no_grad():
         logp = model(ids, attn, mask.shape[1], temperature=0.8)
@@ -57,7 +56,7 @@ def test_sampling_follows_the_distribution():
     args.max_new_tokens = 1
     p = common.encode_prompt(tok, PROMPT)
     torch.manual_seed(0)
-    ids, *_ = dvpo.rollout(model, [p] * 4000, tok, args, "cpu")
+    ids, *_ = common.rollout(model, [p] * 4000, tok, args, "cpu")
     want = model.lm(torch.tensor([p])).logits[0, -1].softmax(-1)
     seen = torch.bincount(ids[:, -1], minlength=len(tok)) / 4000
     assert (seen - want).abs().max() < 4 * math.sqrt(0.25 / 4000)
@@ -257,11 +256,11 @@ def test_merged_adapter():
                            side_effect=lambda self, model, ids, attn, name: active.append(name)):
         for args.gradient_checkpointing in (False, True):
             with contextlib.suppress(AttributeError):
-                dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
+                common.rollout(model, prompts, tok, args, "cpu", "policy")
     assert active == [None, "policy"]                   # --gradient-checkpointing: memory before speed
-    plain = dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
+    plain = common.rollout(model, prompts, tok, args, "cpu", "policy")
     del args.gradient_checkpointing
-    out = dvpo.rollout(model, prompts, tok, args, "cpu", "policy")
+    out = common.rollout(model, prompts, tok, args, "cpu", "policy")
     assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))         # greedy: the same tokens
     for key, p in model.named_parameters():
         assert torch.equal(p, own[key]), key

@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from unittest import mock
@@ -12,13 +11,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import HERE, PROMPT, RL, close, path, quirky_model, quirky_tokenizer, refused, run, world
+from helpers import HERE, PROMPT, close, path, quirky_model, quirky_tokenizer, refused, world
 
 import common
-import ppo_baseline
 import train_gvm
 from data import toy
-from tools import judge
 
 
 def test_label_goes_on_where_it_stopped():
@@ -92,7 +89,7 @@ def bench_main(monkeypatch, tmp_path):
 
 
 def test_bench_steps(bench_main):
-    """The benchmark drives both stages, in turns."""
+    """The benchmark drives both stages."""
     data, page = bench_main("--methods", "ppo", "lora")
     part, = data["runs"].values()
     ppo, lora = part["steps"]["ppo"], part["steps"]["lora"]
@@ -101,15 +98,15 @@ def test_bench_steps(bench_main):
         assert 0 < phases < method["sec_step"] and method["rounds"] == [method["sec_step"]]
         assert method["peak"] > 2**27
     for method in "ppo", "lora":                        # each with its own flags
-        with open(f"out/bench/turns/{method}/run.json") as f:
+        with open(f"out/bench/{method}/run.json") as f:
             assert json.load(f).get("lora", False) == (method == "lora")
     assert f"| {lora['sec_step'] / ppo['sec_step']:.3f} | {lora['peak'] / ppo['peak']:.3f} |" in page
 
 
 def test_bench_steps_of_a_stage_that_ends(bench_main):
-    with pytest.raises(SystemExit, match="dvpo ended: see out/bench/turns/dvpo.log"):
+    with pytest.raises(SystemExit, match="dvpo ended: see out/bench/dvpo.log"):
         bench_main("--methods", "dvpo", "--batch-size", "3")
-    with open("out/bench/turns/dvpo.log") as f:
+    with open("out/bench/dvpo.log") as f:
         assert "--batch-size 3: must be a multiple of 4" in f.read()
 
 
@@ -189,12 +186,12 @@ def test_card(card, monkeypatch):
     from tools import bench
 
     args = argparse.Namespace(shape="tiny", prompt=16, new=8, batch_size=4, rounds=1, methods=["lora", "ppo"])
-    side_by_side = bench.side_by_side
+    steps_of = bench.steps_of
 
-    def without_room(args, methods):
-        return side_by_side(args, methods) if methods == ["lora"] else sys.exit("error: ppo ended")
+    def without_room(args, method):
+        return steps_of(args, method) if method == "lora" else sys.exit("error: ppo ended")
 
-    monkeypatch.setattr(bench, "side_by_side", without_room)
+    monkeypatch.setattr(bench, "steps_of", without_room)
     found = bench.about("python tools/bench.py --card")
     lines = "\n".join(card.measure(args, found))
     for rollout in found["rollouts"]:
@@ -215,13 +212,15 @@ def test_sample():
     from tools import sample
 
     prompts, answers = path("toy/prompts_heldout.jsonl"), path("answers.json")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        sample.main(["--policy", path("sft/model"), "--prompts", prompts, "--to", answers])
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+        sample.main(["--policy", path("sft/model"), "--prompts", prompts, "--to", answers, "--reward",
+                     "data/toy.py:gold_reward"])
     with open(answers) as f:
         out = json.load(f)
     assert len(out) == 30 and set(out[0]) == {"instruction", "output", "generator", "ended"}
     gold = [toy.gold_reward(row["instruction"], row["output"]) for row in out]
     assert np.mean(gold) > -0.5                         # answers, not noise
+    assert said.getvalue() == f"{answers}: 30 answers, mean reward {np.mean(gold):.3f}\n"
     talk = subprocess.run([sys.executable, "tools/sample.py", "--policy", path("sft/model")], cwd=HERE,
                           input=f"{PROMPT}\n\n", capture_output=True, text=True)
     assert talk.returncode == 0 and len(talk.stdout) > 5, talk.stderr
@@ -248,56 +247,3 @@ def test_plot():
     for name in "curves", "heatmap":
         with open(path(f"plots/{name}.png"), "rb") as f:
             assert f.read(8) == b"\x89PNG\r\n\x1a\n"
-
-
-def run_judge(*argv):
-    """tools/judge.py on the answers a.json and b.json -> its result."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return judge.main([path("a.json"), path("b.json"), *argv])
-
-
-def write_answers(**answers):
-    """NAME.json for each, one answer per question, and one that only this file has."""
-    for name, outputs in answers.items():
-        questions = [f"question {i}" for i in range(len(outputs))] + ["only in " + name]
-        rows = [dict(instruction=question, output=output, generator=name)
-                for question, output in zip(questions, [*outputs, "x"], strict=True)]
-        common.write_json(path(f"{name}.json"), rows)
-
-
-SIX_WINS_THREE_LOSSES_A_TIE = dict(a=["one two three"] * 6 + ["one"] * 4, b=["one two"] * 9 + ["one"])
-
-
-def test_judge():
-    write_answers(**SIX_WINS_THREE_LOSSES_A_TIE)
-    with open(path("length.py"), "w") as f:
-        f.write("def score(prompt, response):\n    return len(response.split())\n")
-    by_length = ("--reward", path("length.py:score"))
-    got = run_judge("--to", path("v.json"), *by_length)
-    assert (got["wins"], got["ties"], got["losses"], got["only_in_one"]) == (6, 1, 3, 2)
-    close(got["win_rate"], 0.65)
-    assert got["interval"][0] < 0.65 < got["interval"][1]
-    assert got == json.loads(pathlib.Path(path("v.json")).read_text())
-    refused(lambda: judge.main([path("a.json"), path("nothing.json"), *by_length]), "nothing.json")
-
-
-def test_judge_by_reward():
-    """A function and a reward model as judges."""
-    world()
-    good, bad = "the soup was great . the staff was kind .", "the soup was awful . the staff was kind ."
-    for name, answer in ("a", good), ("b", bad):
-        common.write_json(path(f"{name}.json"), [dict(instruction=PROMPT, output=answer, generator=name)])
-    assert run_judge("--to", path("v2.json"), "--reward", "data/toy.py:gold_reward")["wins"] == 1
-    pairs = ("--pairs", path("toy/pairs_small.jsonl"), "--pairs-heldout", path("toy/pairs_small.jsonl"))
-    run(ppo_baseline, *RL, *pairs, "--rm", path("judge_rm/model"), "--rm-max-steps", 3, "--max-steps", 1,
-        "--out", path("judge_ppo"))
-    got = run_judge("--to", path("v3.json"), "--rm", path("judge_rm/model"), "--init-from",
-                    path("sft/model"))
-    rm = common.load_model(path("sft/model"), trainable=False).eval()
-    tok = common.load_tokenizer(path("sft/model"))
-    common.load_adapter(rm, tok, path("judge_rm/model"), "")
-    prompts = [common.encode_prompt(tok, PROMPT)] * 2
-    responses = [common.encode_response(tok, text) for text in (good, bad)]
-    with torch.no_grad():
-        want = ppo_baseline.scores(rm, *common.frame(prompts, responses, "cpu"))
-    assert got["wins"] == int(want[0] > want[1]) and got["losses"] == int(want[0] < want[1])

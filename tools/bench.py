@@ -1,26 +1,28 @@
 """What a step of each method costs, in seconds and bytes, with random weights.
 
-    python tools/bench.py               124M on a CPU: PPO, DVPO and DVPO --lora, in turns
+    python tools/bench.py               124M on a CPU: PPO, DVPO and DVPO --lora
     python tools/bench.py --decode      the rollout against transformers' generate
     python tools/bench.py --card        all measurements on a CUDA machine: card.py
 
-The stages run as they are, each in a process of its own. They take turns step by step, so that
-a machine which slows down slows all. The first step of each is dropped; medians over --rounds.
+The stages run as they are, each in a process of its own, one after another: let no other program
+run beside them. The first step of each is dropped; medians over --rounds.
 
 Results go to results/bench_DEVICE.json and to a section of the .md. A run replaces what the
 same commit measured under the same title; everything else there stays.
 """
 import argparse
+import itertools
 import json
-import multiprocessing
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
 import torch
 import transformers
@@ -28,10 +30,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import common
-import dvpo
-import ppo_baseline
 from data import toy
-from experiments.shared import commit, machine, table
+from experiments.shared import commit, machine, read_lines, table
 from runtime.metrics import synchronize
 from runtime.processes import CUDA, deepspeed
 
@@ -58,12 +58,14 @@ SHAPES = {
 }
 # name: (stage, its flags)
 METHODS = {
-    "ppo": (ppo_baseline, ""), "dvpo": (dvpo, ""), "lora": (dvpo, "--lora"),
-    "ppo-compile": (ppo_baseline, "--compile"), "dvpo-compile": (dvpo, "--compile"),
-    "lora-compile": (dvpo, "--lora --compile"),
+    "ppo": ("ppo_baseline.py", ""),
+    "ppo-compile": ("ppo_baseline.py", "--compile"),
+    "dvpo": ("dvpo.py", ""),
+    "dvpo-compile": ("dvpo.py", "--compile"),
+    "lora": ("dvpo.py", "--lora"),
+    "lora-compile": ("dvpo.py", "--lora --compile"),
 }
 DEVICE = "cuda" if CUDA else "cpu"
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def make(shape):
@@ -94,87 +96,40 @@ def make(shape):
     return folder
 
 
-def child(parent, method, folder, argv):
-    """The process of one method: waits before every step, sends its metrics after it."""
-    for name in common.LAUNCHER_VARIABLES:              # a world of its own
-        os.environ.pop(name, None)
-    with open(f"{folder}/{method}.log", "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    log = common.Metrics.log
-    begin = time.perf_counter()
-
-    def log_and_wait(self, step, **metrics):
-        nonlocal begin
-        row = log(self, step, **metrics)
-        parent.send(row | dict(sec_step=time.perf_counter() - begin))
-        parent.recv()
-        begin = time.perf_counter()
-        return row
-
-    common.Metrics.log = log_and_wait
-    parent.recv()
-    stage, _ = METHODS[method]
-    stage.main(argv)
-
-
-def start(args, method, folder):
-    """-> the process of one method, and the connection to it."""
+def steps_of(args, method):
+    """Runs a stage for some steps -> medians of their seconds, its peak in bytes."""
     world = make(args.shape)
-    if CUDA:
-        torch.cuda.empty_cache()                        # the methods need the room
-    prompts = f"{folder}/prompts.jsonl"
-    stage, flags = METHODS[method]
-    value = "rm" if stage is ppo_baseline else "gvm"
-    argv = (f"--model {world}/model --init-from {world}/model --{value} {world}/{value} "
-            f"--data {prompts} --heldout {prompts} --out {folder}/{method} --zero {int(CUDA)} "
-            f"--max-prompt-length {args.prompt} --max-new-tokens {args.new} --lr 1e-6 "
-            f"--batch-size {args.batch_size} --save-every 1000000 {flags}").split()
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=child, args=(theirs, method, folder, argv))
-    process.start()
-    theirs.close()                                      # or its end would go unnoticed
-    return process, ours
+    out = f"out/bench/{method}"
+    shutil.rmtree(out, ignore_errors=True)
+    os.makedirs(out)
+    prompts = f"{out}/prompts.jsonl"
+    toy.write_jsonl(prompts, [dict(prompt=f"w{row} " * args.prompt) for row in range(512)])
+    script, flags = METHODS[method]
+    value = "rm" if script == "ppo_baseline.py" else "gvm"
+    words = (f"{ROOT}/{script} --model {world}/model --init-from {world}/model --{value} {world}/{value} "
+             f"--data {prompts} --heldout {prompts} --out {out} --zero {int(CUDA)} "
+             f"--max-prompt-length {args.prompt} --max-new-tokens {args.new} --lr 1e-6 "
+             f"--batch-size {args.batch_size} --save-every 1000000 {flags}").split()
+    own = {key: x for key, x in os.environ.items() if key not in common.LAUNCHER_VARIABLES}
+    with open(f"{out}.log", "w") as log:
+        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=own)
+    rows = []
+    while len(rows) <= args.rounds:
+        time.sleep(0.1)
+        if process.poll() is not None:
+            sys.exit(f"error: {method} ended: see {out}.log")
+        if os.path.exists(f"{out}/metrics.jsonl"):
+            rows = read_lines(f"{out}/metrics.jsonl")
+    process.kill()                                      # the rest would measure the policy
+    process.wait()
 
-
-def turn(method, connection, folder):
-    """Lets `method` do one step -> its row."""
-    try:
-        connection.send("your turn")
-        return connection.recv()
-    except (EOFError, OSError):
-        sys.exit(f"error: {method} ended: see {folder}/{method}.log")
-
-
-def side_by_side(args, methods):
-    """{method: medians of seconds, peak in bytes}, in turns."""
-    folder = "out/bench/turns"
-    os.makedirs(folder, exist_ok=True)
-    prompts = [dict(prompt=f"w{row} " * args.prompt) for row in range(512)]
-    toy.write_jsonl(f"{folder}/prompts.jsonl", prompts)
-    running = {}
-    rows = {method: [] for method in methods}
-    try:
-        for method in methods:
-            running[method] = start(args, method, folder)
-            turn(method, running[method][1], folder)
-        for number in range(args.rounds):
-            for method, (_, connection) in running.items():
-                row = turn(method, connection, folder)
-                rows[method].append(row)
-                print(f"round {number + 1}: {method} {row['sec_step']:.2f} s", flush=True)
-    finally:
-        for process, connection in running.values():
-            connection.close()                          # ends one that waits for its turn
-            process.join(10)
-            process.kill()
-    return {method: medians(rows[method]) for method in methods}
-
-
-def medians(rows):
-    keys = "sec_step", "sec_generate", "sec_score", "sec_train"
-    found = {key: statistics.median(row[key] for row in rows) for key in keys}
-    return found | dict(rounds=[row["sec_step"] for row in rows], peak=rows[-1]["peak_bytes"])
+    ends = [row["seconds"] for row in rows]
+    seconds = [end - begin for begin, end in itertools.pairwise(ends)]
+    found = dict(sec_step=statistics.median(seconds), rounds=seconds, peak=rows[-1]["peak_bytes"])
+    for phase in ("sec_generate", "sec_score", "sec_train"):
+        found[phase] = statistics.median(row[phase] for row in rows[1:])
+    print(f"{method}: {found['sec_step']:.2f} s per step", flush=True)
+    return found
 
 
 def seconds_of(function):
@@ -220,7 +175,7 @@ def decode(args, rows, new):
 
     def rollout(static):
         how = argparse.Namespace(max_new_tokens=new, temperature=1.0, static_cache=static)
-        dvpo.rollout(model, prompts, tok, how, DEVICE)
+        common.rollout(model, prompts, tok, how, DEVICE)
 
     def generate():
         model.lm.generate(ids, attention_mask=attn, max_new_tokens=new, pad_token_id=0,
@@ -287,7 +242,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("--shape", choices=SHAPES, default="124M", help="sizes of the model")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=["ppo", "dvpo", "lora"],
-                   help="in turns")
+                   help="one after another")
     p.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     p.add_argument("--new", type=int, default=128, help="new tokens")
     p.add_argument("--batch-size", type=int, default=8, help="rows of a rollout (paper)")
@@ -315,7 +270,7 @@ def main(argv=None):
         lines = report_decode(part["rollouts"], part["bandwidth"])
         title = f"Rollout of {title}"
     else:
-        part["steps"] = side_by_side(args, args.methods)
+        part["steps"] = {method: steps_of(args, method) for method in args.methods}
         lines = report_steps(part["steps"])
     save(args.to, f"{title}, commit {part['commit']}", part, lines)
 

@@ -4,6 +4,7 @@ About six minutes, no network. The tests try every part at a tiny shape on a CPU
 """
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -140,7 +141,7 @@ def steps(args, begin):
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            measured |= bench.side_by_side(args, [method])
+            measured[method] = bench.steps_of(args, method)
         except SystemExit as error:
             refused.append(str(error))
     return measured, [*bench.report_steps(measured), "", *refused]
@@ -149,7 +150,8 @@ def steps(args, begin):
 def measure(args, part):
     """Puts all that it finds into `part` -> the lines of the report."""
     begin = time.perf_counter()
-    making = bench.SPAWN.Process(target=bench.make, args=[args.shape])    # beside the toy
+    spawn = multiprocessing.get_context("spawn")
+    making = spawn.Process(target=bench.make, args=[args.shape])        # beside the toy
     making.start()
     part["toy"], lines = toy()
     lines.insert(0, "### The toy\n")

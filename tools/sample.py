@@ -2,9 +2,11 @@
 
     python tools/sample.py --policy out/tiny/dvpo/model         chat; an empty line ends it
     python tools/sample.py --policy FOLDER_OR_ID --prompts FILE.jsonl --to answers.json
+    python tools/sample.py --prompts FILE.jsonl --reward FILE.py:function       and their mean reward
 
 The answers are [{instruction, output, generator, ended}, ...]; generator is --policy. Chat template and
-sampling are those of training. Each prompt is answered on its own.
+sampling are those of training. Each prompt is answered on its own. For a win rate as in the paper, with a
+language model as the judge, give the files of two policies to AlpacaEval.
 """
 import argparse
 import os
@@ -15,7 +17,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import common
-import dvpo
 
 
 def prompt_room(policy, args):
@@ -30,7 +31,7 @@ def answer(policy, tok, rows, args):
     """Sample an answer to each {prompt[, system]} -> lists of token ids, texts, whether each ended."""
     room = prompt_room(policy, args)
     prompts = [common.encode_prompt(tok, common.behind_system(row), room) for row in rows]
-    ids, _, mask, ended = dvpo.rollout(policy, prompts, tok, args, policy.lm.device)
+    ids, _, mask, ended = common.rollout(policy, prompts, tok, args, policy.lm.device)
     responses = common.unpad(ids, mask)
     return responses, tok.batch_decode(responses, skip_special_tokens=True), ended.tolist()
 
@@ -40,6 +41,7 @@ def main(argv=None):
     p.add_argument("--policy", default="out/tiny/dvpo/model", help="transformers folder or hub id")
     p.add_argument("--prompts", help="rows {prompt}; without it, chat")
     p.add_argument("--to", default="answers.json", help="file to write")
+    p.add_argument("--reward", help="FILE.py:function(prompt, response) -> float that scores the answers")
     p.add_argument("--batch-size", type=int, default=16, help="prompts per batch")
     p.add_argument("--max-new-tokens", type=int, help="default: half the context, at most 512")
     p.add_argument("--temperature", type=float, default=1.0, help="near 0 is greedy")
@@ -49,6 +51,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.prompts:
         common.check_writable(args.to)
+    reward = common.load_function(args.reward)
     tok = common.load_tokenizer(args.policy)
     policy = common.load_model(args.policy, trainable=False).eval()
     if args.max_new_tokens is None:
@@ -63,6 +66,7 @@ def main(argv=None):
         return
     rows = common.read_prompts(tok, args.prompts, prompt_room(policy, args), "prompt length")
     answers = []
+    rewards = []
     for i in common.Progress(range(0, len(rows), args.batch_size), desc="sample"):
         batch = rows[i:i + args.batch_size]
         _, texts, ended = answer(policy, tok, batch, args)
@@ -70,8 +74,11 @@ def main(argv=None):
             prompt = row["prompt"]
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             answers.append(dict(instruction=question, output=text, generator=args.policy, ended=end))
+            if reward:
+                rewards.append(reward(prompt, text))
     common.write_json(args.to, answers)
-    print(f"{args.to}: {len(answers)} answers")
+    mean = f", mean reward {sum(rewards) / len(rewards):.3f}" if reward else ""
+    print(f"{args.to}: {len(answers)} answers{mean}")
 
 
 if __name__ == "__main__":
