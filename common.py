@@ -32,16 +32,13 @@ from transformers.utils import logging as hf_logging
 
 # isort: off
 # runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
-from runtime.checkpoints import load_adapter, save_adapter, save_model
-from runtime.checkpoints import tokenizer_fingerprint, trunk_fingerprint
-from runtime.flags import Help, check_context, context_length, flags, parse
-from runtime.graphs import StaticDecoder, merged, static_decoder
-from runtime.metrics import Metrics, Progress, mean_over_ranks
-from runtime.processes import CUDA, LAUNCHER_VARIABLES, LOCAL, all_max, all_sum
-from runtime.processes import check_writable, die, finish, gathered, lock, missing_model
-from runtime.processes import rank, say, world, write_json, writing
-from runtime.rows import Rows, as_messages, behind_system, check_lengths, load_function, one_side
-from runtime.rows import only_text, read_rows
+from runtime.checkpoints import load_adapter, tokenizer_fingerprint, trunk_fingerprint
+from runtime.flags import check_context, flags, parse
+from runtime.graphs import merged, static_decoder
+from runtime.metrics import Progress, mean_over_ranks
+from runtime.processes import CUDA, LOCAL, all_max, all_sum, die, gathered, missing_model
+from runtime.processes import rank, say, world
+from runtime.rows import as_messages, check_lengths, load_function, one_side, only_text, read_rows
 from runtime.run import Run
 # isort: on
 

@@ -25,6 +25,7 @@ import ppo_baseline
 import sft
 import train_gvm
 from data import toy
+from runtime import processes
 
 TMP = tempfile.mkdtemp(prefix="dvpo_smoke_")
 PROMPTS = ["review the soup and the staff .", "review the wine ."]
@@ -262,7 +263,7 @@ def main():
     shutil.rmtree(TMP)
     print(f"{time.time() - begin:.0f} s\n{len(tests) - failed} passed, {failed} failed")
     sys.stdout.flush()
-    common.finish(int(failed > 0))
+    processes.finish(int(failed > 0))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def gvm_loss(q, score, states, args):
 
 # Offline data: rows, and tau
 
-class Labelled(common.Rows):
+class Labelled(list):
     """{prompt, response, reward, policy} rows from files of such rows or of pairs, and who wrote what."""
 
     def __init__(self, paths, tok=None):
@@ -159,6 +159,9 @@ class Labelled(common.Rows):
             row.setdefault("policy", None)
             row["reward"] = float(row["reward"])
         super().__init__(rows)
+        self.by_policy = {}                                     # {policy: numbers of its rows}
+        for i, row in enumerate(self):
+            self.by_policy.setdefault(row["policy"], []).append(i)
 
     def penalise(self, penalty):
         """Lower the reward of every answer that was cut: nothing else says that an answer must end."""
@@ -167,7 +170,13 @@ class Labelled(common.Rows):
 
     def tau(self, policy, prompt, pairs, rng):
         """Up to `pairs` rows of one policy on prompts other than this one; none for rows without a policy."""
-        return [] if policy is None else self.draw(policy, prompt, pairs, rng)
+        if policy is None or not pairs:
+            return []
+        own = self.by_policy[policy]
+        # Twice as many as needed, since some may be on this prompt
+        drawn = rng.choice(len(own), min(len(own), 2 * pairs), replace=False)
+        others = [self[own[i]] for i in drawn if self[own[i]]["prompt"] != prompt]
+        return others[:pairs]
 
 
 def training_frame(sequences, device):

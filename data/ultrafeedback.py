@@ -25,6 +25,7 @@ from huggingface_hub import hf_hub_download
 
 import common
 from data.toy import write_jsonl
+from runtime import flags
 
 REPO = "openbmb/UltraFeedback"
 REVISION = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"
@@ -107,7 +108,7 @@ def make(paths, out):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help)
     p.add_argument("--raw", nargs="+", help="local raw files, instead of a download")
     p.add_argument("--out", default="data/ultrafeedback", help="folder to write")
     args = p.parse_args(argv)

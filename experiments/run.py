@@ -13,28 +13,18 @@ thread each; a run that was interrupted continues.
 Writes out/seeds/SEED/runs/RUN/ (SmolLM2: out/smollm2/RUN_SEED/) and results/EXPERIMENT.json and .md.
 """
 import argparse
+import concurrent.futures
 import functools
 import itertools
+import json
 import os
+import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from experiments.shared import (
-    commit,
-    interval,
-    machine,
-    reach,
-    read_json,
-    read_lines,
-    table,
-    two_at_a_time,
-    write_results,
-)
 
 # The models that RL needs, all on the seed's SFT model and on its own labelled answers
 GVM = "train_gvm.py --data data/toy/gvm.jsonl {root}/labelled.jsonl"
@@ -157,17 +147,14 @@ def command_of(experiment, seed, out, command):
 def train(experiment, seed, out, command):
     """One command, unless it has finished before, on the models of that seed; its output goes to OUT.log."""
     words = command_of(experiment, seed, out, command)
-    if os.path.exists(f"{out}/command"):
-        with open(f"{out}/command") as f:
-            before = f.read()
-        if before != words:
-            sys.exit(f"error: {out} holds another run ({before}): remove it, or name another")
+    made_by = Path(out, "command")
+    if made_by.exists() and made_by.read_text() != words:
+        sys.exit(f"error: {out} holds another run ({made_by.read_text()}): remove it, or name another")
     if is_done(out):
         return
     os.makedirs(out, exist_ok=True)
-    for name, text in ("command", words), ("commit", commit()):
-        with open(f"{out}/{name}", "w") as f:
-            f.write(text)
+    made_by.write_text(words)
+    Path(out, "commit").write_text(commit())
     start(words, out + ".log")
     if not is_done(out):
         sys.exit(f"error: {out} was stopped; see {out}.log")
@@ -196,6 +183,32 @@ def prepare(experiment, models, seed):
         if command.startswith(RM):                      # it lies beside --out, not in it
             command += f" --rm {root}/{name}/model"
         train(experiment, seed, f"{root}/{name}", command)
+
+
+def two_at_a_time(function, jobs):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, jobs))
+
+
+# Measurements, and the page
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def commit():
+    """The short hash of the commit that is checked out."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def machine(*notes):
+    return ", ".join([f"{os.cpu_count()} cores", platform.machine(), *notes])
 
 
 def distinct(samples):
@@ -277,15 +290,44 @@ def report(experiment, seeds, folder):
     data = dict(title=title, command=command, commit=", ".join(sorted(commits)),
                 machine=machine("one thread a run", "two at a time"), commands=full,
                 before=before_rl(experiment, seeds), runs=runs, models=models)
-    write_results(folder, experiment, data, page(data))
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, f"{experiment}.json").write_text(json.dumps(data, indent=1))
+    text = "\n".join(page(data)) + "\n"
+    Path(folder, f"{experiment}.md").write_text(text)
+    print(text, end="")
 
 
 def read_commit(out):
     """The commit that a run was made with; the present one where `make` made it."""
-    if not os.path.exists(f"{out}/commit"):
-        return commit()
-    with open(f"{out}/commit") as f:
-        return f.read()
+    file = Path(out, "commit")
+    return file.read_text() if file.exists() else commit()
+
+
+# Student's t at 95 %, for 2 to 10 seeds
+T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def reach(gold, level, window=5):
+    """Steps until the gold reward, a mean over `window` steps, is at this level; None: never."""
+    smooth = np.convolve(gold, np.ones(window) / window, "valid")
+    there = np.nonzero(smooth >= level)[0]
+    return int(there[0]) + window if len(there) else None
+
+
+def interval(x, digits=2, sign=""):
+    """Mean of several seeds with its 95 % interval; of one seed, the mean alone."""
+    x = np.array(x, dtype=float)
+    if not len(x):
+        return "never"
+    mean = f"{x.mean():{sign}.{digits}f}"
+    if not 1 < len(x) < len(T95) + 2:
+        return mean
+    return f"{mean} ± {T95[len(x) - 2] * x.std(ddof=1) / len(x) ** 0.5:.{digits}f}"
+
+
+def table(names, rows):
+    """A Markdown table -> its lines."""
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (names, ["---"] * len(names), *rows)]
 
 
 def summary(data):

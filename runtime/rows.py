@@ -7,7 +7,6 @@ import collections
 import decimal
 import functools
 import gzip
-import itertools
 import json
 import numbers
 import os
@@ -163,22 +162,6 @@ def check_lengths(rows, encode, max_length, flag="--max-length", n=1000):
     if cut:
         say(f"{flag} {max_length} cuts {cut} of the first {len(lengths)} rows; the longest has "
             f"{max(lengths)} tokens")
-
-
-class Rows(list):
-    """Rows, and who wrote them: by_policy is {policy: its rows' numbers}, None where none is named."""
-
-    def __init__(self, rows):
-        super().__init__(rows)
-        self.by_policy = {}
-        for i, row in enumerate(self):
-            self.by_policy.setdefault(row.get("policy"), []).append(i)
-
-    def draw(self, policy, prompt, n, rng):
-        """Up to n rows of this policy on prompts other than this one."""
-        own = self.by_policy[policy] if n else []
-        drawn = (self[own[i]] for i in rng.choice(len(own), min(len(own), 2 * n), replace=False))
-        return list(itertools.islice((row for row in drawn if row["prompt"] != prompt), n))
 
 
 @functools.lru_cache(4)

@@ -15,7 +15,7 @@ def pytest_configure(config):
 
     config.test_folder = helpers.SHARED     # the workers inherit it
     if not WORKER and getattr(config.option, "numprocesses", None):
-        for name in helpers.common.LAUNCHER_VARIABLES:      # each worker is a world of its own
+        for name in helpers.processes.LAUNCHER_VARIABLES:      # each worker is a world of its own
             os.environ.pop(name, None)
 
 

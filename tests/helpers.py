@@ -23,6 +23,7 @@ import ppo_baseline
 import sft
 import train_gvm
 from data import toy
+from runtime import processes
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -271,7 +272,7 @@ def ends_with_1(f):
 
 
 def script(*argv, env=None, timeout=300):
-    clean = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    clean = {k: v for k, v in os.environ.items() if k not in processes.LAUNCHER_VARIABLES}
     return subprocess.run(argv, cwd=HERE, env=dict(clean, **(env or {})), capture_output=True, text=True,
                           timeout=timeout)
 
@@ -284,7 +285,7 @@ NOTHING_STAYS_GATHERED = {                                  # what a model too b
 
 
 def zero_3():
-    common.write_json(path("ds3.json"), NOTHING_STAYS_GATHERED)
+    processes.write_json(path("ds3.json"), NOTHING_STAYS_GATHERED)
     return "--zero", "3", "--ds-config", path("ds3.json")
 
 
@@ -305,7 +306,7 @@ def one_rank(commands):
     with few_answers():
         for stage, argv in commands:
             importlib.import_module(stage).main(argv)
-    common.finish()
+    processes.finish()
 
 
 if __name__ == "__main__":

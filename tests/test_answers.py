@@ -14,6 +14,7 @@ import dvpo
 import runtime.run
 import train_gvm
 from data import toy
+from runtime import checkpoints
 from tools import label
 
 CHATML = ("{% for m in messages %}<bos> {{ m.role }} {{ m.content }} <eos> {% endfor %}"
@@ -45,7 +46,7 @@ def test_any_id_of_the_generation_configuration_ends_an_answer():
             assert plain[0, 3:].tolist() == [7]
     model = tiny_llama()
     model.lm.generation_config.eos_token_id = [2, 7]
-    common.save_model(model, tok, path("two_ends"))
+    checkpoints.save_model(model, tok, path("two_ends"))
     config = transformers.GenerationConfig.from_pretrained(path("two_ends"))
     assert config.eos_token_id == [2, 7]
 

@@ -13,6 +13,7 @@ import dvpo
 import ppo_baseline
 import sft
 import train_gvm
+from runtime import processes
 from tools import label
 
 SFT_ROW = j(prompt="a", response="b")
@@ -132,7 +133,7 @@ def broken_folders():
     for name in ("cut_weights/model.safetensors", "cut_config/config.json", "cut_gvm/adapter.safetensors"):
         with open(path(name), "r+b") as f:
             f.truncate(os.path.getsize(path(name)) // 2)
-    common.write_json(path("bare_gvm/adapter.json"), dict(name="gvm"))
+    processes.write_json(path("bare_gvm/adapter.json"), dict(name="gvm"))
     files = {"ds_broken.json": "{", "ds_batch.json": '{"train_batch_size": 7}', "a_file": "",
              "ds_stage.json": '{"zero_optimization": {"stage": 2}}', "ds_fp16.json": '{"fp16": {}}'}
     for name, text in files.items():

@@ -7,8 +7,7 @@ from experiments import run as experiments
 
 
 def test_interval_by_hand():
-    from experiments.shared import interval
-
+    interval = experiments.interval
     assert interval([1, 2, 3]) == "2.00 ± 2.48"         # sd 1, t(2 degrees of freedom) 4.303 / sqrt(3)
     assert interval([0.5, -0.25], 3, "+") == "+0.125 ± 4.766"
     assert interval([0.7]) == "0.70" and interval([]) == "never"

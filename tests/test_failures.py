@@ -83,6 +83,7 @@ def test_a_thread_cannot_fail_a_finished_run():
     """Threads in torch at the end abort Python's own shutdown, as gloo's can; finish() does not let them."""
     code = """if True:
         import atexit, threading, time, torch, common
+        from runtime import processes
         def work(x=torch.randn(100)):
             while True:
                 x + x
@@ -91,6 +92,6 @@ def test_a_thread_cannot_fail_a_finished_run():
         time.sleep(0.2)
         atexit.register(print, "closed")
         print("done")
-        common.finish()"""
+        processes.finish()"""
     done = script(sys.executable, "-c", code)
     assert (done.returncode, done.stdout) == (0, "done\nclosed\n"), done.stderr

@@ -7,6 +7,7 @@ from helpers import PROMPT, close, example_frame, mask_and_first, path, tiny_gpt
 import common
 import sft
 from data import toy
+from runtime import checkpoints
 
 
 def test_frame_positions_against_a_slow_loop():
@@ -189,7 +190,7 @@ def test_a_saved_adapter_comes_back():
     for weight in model.adapter_parameters("gvm").values():
         weight.normal_(0, 0.3)
     want = model(ids, attn, mask.shape[1], "gvm", head="gvm")
-    common.save_adapter(model, "gvm", tok, path("saved_adapter"))
+    checkpoints.save_adapter(model, "gvm", tok, path("saved_adapter"))
     again = tiny_gpt2()
     common.load_adapter(again, tok, path("saved_adapter"), "made by hand")
     assert torch.equal(again(ids, attn, mask.shape[1], "gvm", head="gvm"), want)

@@ -31,6 +31,7 @@ import ppo_baseline
 import sft
 import train_gvm
 from data import toy
+from runtime import checkpoints
 
 
 def test_lora_off_is_the_base_and_merged_is_on():
@@ -104,7 +105,7 @@ def test_the_presets_architectures_through_all_stages(kind):
     lm.add_adapter("policy", 8, 32)
     for layer in lm.lora_layers():
         torch.nn.init.normal_(layer.B["policy"].weight, std=0.3)
-    common.save_model(lm.eval(), tok, path("q", kind, "saved"), "policy")
+    checkpoints.save_model(lm.eval(), tok, path("q", kind, "saved"), "policy")
     args, prompts = Args(), [common.encode_prompt(tok, p) for p in (PROMPT, "review the wine .")]
     args.temperature = 1e-6
     ids, attn, mask, _ = common.rollout(lm, prompts, tok, args, "cpu", "policy")
@@ -126,7 +127,7 @@ def test_no_word_is_lost_to_a_pad_token():
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(path("no_pad"))
     tok = common.load_tokenizer(path("no_pad"))
-    common.save_model(common.load_model(quirky_model("llama")), tok, path("no_pad_saved"))
+    checkpoints.save_model(common.load_model(quirky_model("llama")), tok, path("no_pad_saved"))
     ids = tok("what a soup!")["input_ids"]
     assert 0 in ids                                         # "!", which fills frames
     assert common.load_tokenizer(path("no_pad_saved")).decode(ids, skip_special_tokens=True) == "what a soup!"

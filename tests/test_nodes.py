@@ -14,13 +14,13 @@ import time
 import psutil
 from helpers import HERE, path, resume_cases, same_run, world
 
-import common
+from runtime import processes
 
 TORCHRUN = sys.executable, "-m", "torch.distributed.run"
 
 
 def start_node(folder, port, argv):
-    environment = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    environment = {k: v for k, v in os.environ.items() if k not in processes.LAUNCHER_VARIABLES}
     meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "dvpo"
     command = *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *meeting, "sft.py", *argv
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

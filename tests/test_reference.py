@@ -28,6 +28,7 @@ import ppo_baseline
 import runtime.run
 import train_gvm
 from data import toy
+from runtime import checkpoints
 
 TOK = toy.tokenizer()
 ENDS = [2, 20, 21, 22, 23]              # ids that end an answer, so that many do
@@ -82,7 +83,7 @@ def save_adapter(folder, name, **meta):
     for p in model.adapter_parameters(name).values():
         torch.nn.init.normal_(p, std=0.3)
     trained = dict(max_length=128, tau_pairs=TAU.pairs, tau_length=TAU.length)
-    common.save_adapter(model, name, TOK, path("ref", folder), **trained, **meta)
+    checkpoints.save_adapter(model, name, TOK, path("ref", folder), **trained, **meta)
 
 
 def stage_flags(*namespaces, **more):

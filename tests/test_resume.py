@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers import HERE, path, refused, resume_cases, rewind, run, same_run, weights, world
 
-import common
 import dvpo
 import sft
+from runtime import processes
 
 
 @pytest.mark.parametrize("zero", ["1", "3"])
@@ -60,7 +60,7 @@ def test_sigterm_saves_and_ends_well():
     world()
     name, _, argv = resume_cases("0")[2]
     argv = [*argv, "--out", path("term"), "--max-steps", "500", "--save-every", "1000"]
-    environment = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    environment = {k: v for k, v in os.environ.items() if k not in processes.LAUNCHER_VARIABLES}
     process = subprocess.Popen([sys.executable, "dvpo.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -90,7 +90,7 @@ def test_a_reader_that_has_gone_ends_the_run_well():
     """
     world()
     argv = [*resume_cases("0")[0][2], "--max-steps", "3", "--save-every", "100", "--out", path("gone")]
-    env = {k: v for k, v in os.environ.items() if k not in common.LAUNCHER_VARIABLES}
+    env = {k: v for k, v in os.environ.items() if k not in processes.LAUNCHER_VARIABLES}
     process = subprocess.Popen([sys.executable, "-u", "sft.py", *argv], cwd=HERE, env=env,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not process.stdout.readline().startswith(b"sft: "):       # the bar's first line

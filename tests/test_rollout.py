@@ -41,7 +41,7 @@ def test_rollout_logp_equals_teacher_forced():
     with torch.no_grad():
         logp = model(ids, attn, mask.shape[1], temperature=0.8)
         growing, static = (common.Decoder(model, ids[:, :P], attn[:, :P]) for _ in range(2))
-        for decode in growing, common.StaticDecoder(static, mask.shape[1]):
+        for decode in growing, graphs.StaticDecoder(static, mask.shape[1]):
             for t in range(mask.shape[1]):
                 step = (decode.logits / 0.8).log_softmax(-1).gather(1, ids[:, P + t, None]).squeeze(1)
                 close((step * mask[:, t]), (logp[:, t] * mask[:, t]), 1e-4)
@@ -140,13 +140,13 @@ def test_compiled_blocks():
             growing, static = decoders(model, lengths, 30)
             before = kernels(static, token[0])          # on a CPU blocks are compiled only where asked
             growing(token[0])
-            with mock.patch.object(common.StaticDecoder, "compiles", True):
+            with mock.patch.object(graphs.StaticDecoder, "compiles", True):
                 for t in token[1:]:
                     growing(t)
                     static(t)
                     close(static.logits, growing.logits, 1e-4)
                 after = kernels(static, token[0])
-                assert common.StaticDecoder.compiles
+                assert graphs.StaticDecoder.compiles
     assert 1000 < before < 1200 and after <= 400, (before, after)
     assert all(block.forward == type(block).forward.__get__(block) for block in model.lm.model.layers)
     found = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -208,12 +208,12 @@ def test_without_a_compiler():
         graphs.compiled_block.cache_clear()
         growing, static = decoders(model, (9, 4, 9, 2), 30)
         with (mock.patch("torch.compile", compile_), contextlib.redirect_stderr(said),
-              mock.patch.object(common.StaticDecoder, "compiles", True)):
+              mock.patch.object(graphs.StaticDecoder, "compiles", True)):
             for t in token:
                 growing(t)
                 static(t)
                 close(static.logits, growing.logits, 1e-4)
-            assert not common.StaticDecoder.compiles
+            assert not graphs.StaticDecoder.compiles
             ids = torch.randint(0, 512, (2, 9))
             want = model(ids, torch.ones_like(ids), 4)
             graphs.compile_blocks(model)

@@ -16,6 +16,7 @@ from helpers import HERE, PROMPT, close, path, quirky_model, quirky_tokenizer, r
 import common
 import train_gvm
 from data import toy
+from runtime import processes
 
 
 def test_label_goes_on_where_it_stopped():
@@ -75,7 +76,7 @@ def bench_main(monkeypatch, tmp_path):
     from tools import bench
 
     monkeypatch.chdir(tmp_path)
-    for name in common.LAUNCHER_VARIABLES:
+    for name in processes.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     size = ("--shape", "tiny", "--prompt", "16", "--new", "8", "--batch-size", "4", "--rounds", "1")
 
@@ -113,7 +114,7 @@ def test_bench_steps_of_a_stage_that_ends(bench_main):
 def test_bench_replaces_its_own_part_alone(bench_main):
     old = dict(machine="another", steps={"124M": dict(predicted=1.5)})
     page = "# Cost\n\nof old\n\n## 124M\n\n| a |\n\n\n| b |\n\n## 8B\n\nplanned\n"
-    common.write_json("b.json", old)
+    processes.write_json("b.json", old)
     with open("b.md", "w") as f:
         f.write(page)
     first, _ = bench_main("--decode")
@@ -163,7 +164,7 @@ def card(monkeypatch):
 
     world()
     monkeypatch.chdir(HERE)
-    for name in common.LAUNCHER_VARIABLES:
+    for name in processes.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     few = dict(FIRST={}, THEN={}, RESUMED=[], FOLDER=path("card_toy"), LIMIT=float("inf"))
     with mock.patch.multiple(card, **few), contextlib.redirect_stdout(io.StringIO()):
@@ -237,8 +238,8 @@ def test_plot():
                 f.write(json.dumps(dict(step=step, seconds=2 * step, q_mean=0.1, kl=step)) + "\n")
     assert plot.column([[dict(kl=1)], [dict(kl=3), dict(kl=4)]], "kl").tolist() == [[1], [3]]
     shown = dict(prompt="a $1 b $2", tokens=["V(s_0)", "$", "$"], q=[0.1, 0.2, -0.3])
-    common.write_json(path("show.json"), shown)
-    common.write_json(path("show_true.json"), dict(shown, true_q=[0.0, 0.5, -1.0]))
+    processes.write_json(path("show.json"), shown)
+    processes.write_json(path("show_true.json"), dict(shown, true_q=[0.0, 0.5, -1.0]))
     runs = "--run", "DVPO", path("curve_0"), path("curve_1"), "--run", "PPO", path("curve_0")
     heat = "--heatmap", path("show_true.json"), path("show.json")
     with contextlib.redirect_stdout(io.StringIO()):

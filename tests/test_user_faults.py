@@ -34,6 +34,7 @@ import ppo_baseline
 import sft
 import train_gvm
 from data import toy
+from runtime import flags, metrics, processes
 from tools import label, sample
 
 SMALL = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -134,10 +135,10 @@ def test_positions_that_depend_on_the_batch_are_not_used():
         **SMALL, max_position_embeddings=512, original_max_position_embeddings=64, pad_token_id=0,
         rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4,
                              long_factor=[4.0] * 4, original_max_position_embeddings=64))
-    assert common.context_length(longrope) == 64
-    assert common.context_length(rope("dynamic", original_max_position_embeddings=128)) == 128
-    assert common.context_length(rope("linear")) == 512
-    assert common.context_length(transformers.MambaConfig()) == 1 << 30
+    assert flags.context_length(longrope) == 64
+    assert flags.context_length(rope("dynamic", original_max_position_embeddings=128)) == 128
+    assert flags.context_length(rope("linear")) == 512
+    assert flags.context_length(transformers.MambaConfig()) == 1 << 30
     model = common.load_model(chat_model("longrope", longrope))
     refused(lambda: common.check_context(model, 65), "64", "--max-length")
     args = dvpo.parse_args(["--model", path("longrope")])               # the defaults fit
@@ -160,7 +161,7 @@ def test_a_model_that_also_sees():
     assert trained and not [key for key in trained if "vision" in key or "projector" in key]
     model.add_adapter("a", 2, 4)
     assert len(model.lora_layers()) == 14               # seven projections of two blocks
-    assert common.context_length(model.lm.config) == 128
+    assert flags.context_length(model.lm.config) == 128
     refused(lambda: common.check_context(model, 129), "128", "--max-length")
     with torch.no_grad():
         kept = model.lm.model.vision_tower.embeddings.patch_embedding.weight.clone()
@@ -300,10 +301,10 @@ def test_resume_with_other_flags():
     out = ("--out", path("flags"), "--kl-target", "0")
     run(dvpo, *argv, *out, "--kl-coef", "0.1")
     again = [*argv, *out, "--resume", "--max-steps", "5"]
-    for flags in (["--lora"], ["--seed", "2"], ["--batch-size", "32"], ["--temperature", "0.5"],
-                  ["--data", path("toy/prompts_heldout.jsonl")], ["--advantage", "q"], ["--zero", "1"]):
-        other = [*again, "--kl-coef", "0.1", *flags]
-        refused(lambda other=other: dvpo.main(other), flags[0] + " ", "step_4")
+    for changed in (["--lora"], ["--seed", "2"], ["--batch-size", "32"], ["--temperature", "0.5"],
+                    ["--data", path("toy/prompts_heldout.jsonl")], ["--advantage", "q"], ["--zero", "1"]):
+        other = [*again, "--kl-coef", "0.1", *changed]
+        refused(lambda other=other: dvpo.main(other), changed[0] + " ", "step_4")
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         dvpo.main([*again, "--kl-coef", "0.7", "--mini-batch-size", "4"])
     said, = [line for line in err.getvalue().splitlines() if line.startswith("--resume with")]
@@ -331,7 +332,8 @@ def test_two_runs_in_one_folder():
     """The second is refused in one line, and the first's files stay; the lock ends with its process."""
     world()
     os.makedirs(path("shared_out"))
-    code = ("import sys, time, common; common.lock(sys.argv[1]); print('locked', flush=True); time.sleep(99)")
+    code = ("import sys, time; from runtime.processes import lock; lock(sys.argv[1]); "
+            "print('locked', flush=True); time.sleep(99)")
     first = subprocess.Popen([sys.executable, "-c", code, path("shared_out")], cwd=HERE, text=True,
                              stdout=subprocess.PIPE)
     try:
@@ -426,7 +428,7 @@ def test_a_full_disk_or_a_vanished_folder_is_one_line(kind):
     world()
     folder = path(kind)
     os.makedirs(folder, exist_ok=True)
-    metrics = common.Metrics(folder, 3, "x", ())
+    log = metrics.Metrics(folder, 3, "x", ())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl"), "--to",
             os.path.join(folder, "rows.jsonl"), "--n", "32", "--batch-size", "16"]
@@ -449,12 +451,12 @@ def test_a_full_disk_or_a_vanished_folder_is_one_line(kind):
             with mock.patch("common.rollout", fails):
                 one_line(lambda: label.main(argv), "rows.jsonl: cannot be written")
             long = {f"number_{i}": float(i) for i in range(100)}
-            one_line(lambda: metrics.log(0, **long), "metrics.jsonl: cannot be written")
+            one_line(lambda: log.log(0, **long), "metrics.jsonl: cannot be written")
         else:
             os.remove(os.path.join(folder, "metrics.jsonl"))
             os.rmdir(folder)
-            one_line(lambda: metrics.log(0, loss=1.0), "metrics.jsonl: cannot be written")
+            one_line(lambda: log.log(0, loss=1.0), "metrics.jsonl: cannot be written")
             a_file = os.path.join(folder, "a.json")
-            one_line(lambda: common.write_json(a_file, {}), "a.json: cannot be written")
+            one_line(lambda: processes.write_json(a_file, {}), "a.json: cannot be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 import common
 from data import toy
-from experiments.shared import commit, machine, read_lines, table
+from experiments.run import commit, machine, read_lines, table
+from runtime import checkpoints, flags, processes
 from runtime.metrics import synchronize
 from runtime.processes import CUDA, deepspeed
 
@@ -92,7 +93,7 @@ def make(shape):
     for name, meta in ("gvm", gvm), ("rm", dict(mean=0.0, std=1.0)):
         model.add_adapter(name, 8, 32)
         model.add_head(name, sees_token=name == "gvm")
-        common.save_adapter(model, name, tok, f"{folder}/{name}", **meta)
+        checkpoints.save_adapter(model, name, tok, f"{folder}/{name}", **meta)
     return folder
 
 
@@ -110,7 +111,7 @@ def steps_of(args, method):
              f"--data {prompts} --heldout {prompts} --out {out} --zero {int(CUDA)} "
              f"--max-prompt-length {args.prompt} --max-new-tokens {args.new} --lr 1e-6 "
              f"--batch-size {args.batch_size} --save-every 1000000 {flags}").split()
-    own = {key: x for key, x in os.environ.items() if key not in common.LAUNCHER_VARIABLES}
+    own = {key: x for key, x in os.environ.items() if key not in processes.LAUNCHER_VARIABLES}
     with open(f"{out}.log", "w") as log:
         process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=own)
     rows = []
@@ -225,7 +226,7 @@ def save(path, title, part, lines):
     """Puts a part into the JSON and its section into the .md; everything else there stays."""
     data = json.loads(path.read_text()) if path.exists() else {}
     data.setdefault("runs", {})[title] = part
-    common.write_json(str(path), data)
+    processes.write_json(str(path), data)
     page = path.with_suffix(".md")
     text = "# Cost of a step\n\nRandom weights; medians. Made by tools/bench.py."
     sections = (page.read_text() if page.exists() else text).strip().split("\n\n## ")
@@ -239,7 +240,7 @@ def save(path, title, part, lines):
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help)
     p.add_argument("--shape", choices=SHAPES, default="124M", help="sizes of the model")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=["ppo", "dvpo", "lora"],
                    help="one after another")
@@ -257,7 +258,7 @@ def main(argv=None):
     args = p.parse_args(words)
     if args.card and not CUDA:
         p.error("--card: needs a CUDA machine")
-    common.check_writable(args.to)
+    processes.check_writable(args.to)
     part = about(" ".join(["python tools/bench.py", *words]))
     title = f"{args.shape}, {args.batch_size} rows, {args.prompt} + {args.new} tokens"
     if args.card:

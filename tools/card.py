@@ -14,6 +14,7 @@ import time
 import torch
 
 import common
+from runtime import processes
 from tools import bench
 
 LIMIT = 330                                             # seconds; no part begins after them
@@ -59,7 +60,7 @@ def start(name, command):
     words = ["--model", "tiny", "--init-from", "data/toy/model", "--out", f"{FOLDER}/{name}"]
     with open(f"{FOLDER}/{name}.log", "w") as log:
         argv = [sys.executable, script, *words, *flags]
-        own = {key: x for key, x in os.environ.items() if key not in common.LAUNCHER_VARIABLES}
+        own = {key: x for key, x in os.environ.items() if key not in processes.LAUNCHER_VARIABLES}
         return subprocess.Popen(argv, stdout=log, stderr=log, env=own)
 
 

@@ -24,6 +24,7 @@ import torch
 
 import common
 from data.toy import pair_up, write_jsonl
+from runtime import flags, processes
 from tools.sample import answer, prompt_room
 
 
@@ -42,7 +43,7 @@ def score_with(path):
     rm.to("cuda" if common.CUDA else "cpu").eval()
     pad = int(tok.eos_token_id == 0)                    # not eos: the head reads the last token but padding
     rm.config.pad_token_id = pad
-    context = common.context_length(rm.config)
+    context = flags.context_length(rm.config)
 
     def score(prompts, responses, ended):
         rows = [encode_conversation(tok, *conversation)[-context:]
@@ -77,7 +78,7 @@ def keep_whole_batches(path, n, batch_size):
 
 @torch.no_grad()
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help)
     p.add_argument("--policy", default="out/tiny/sft/model", help="transformers folder or hub id to sample")
     p.add_argument("--prompts", default="data/toy/prompts.jsonl", help="rows {prompt}, used in order")
     p.add_argument("--reward", default="data/toy.py:gold_reward", help="FILE.py:function(prompt, response)")
@@ -103,12 +104,12 @@ def main(argv=None):
     reward = None if rm else common.load_function(args.reward)
     *_, parent, folder = os.path.abspath(args.policy).split(os.sep)
     name = args.name or (parent if folder == "model" else folder)       # out/tiny/sft/model: sft
-    common.check_writable(args.to)
+    processes.check_writable(args.to)
     open(args.to, "a").close()
-    common.lock(args.to)                                # before an earlier run's last rows are removed
+    processes.lock(args.to)                                # before an earlier run's last rows are removed
     done = keep_whole_batches(args.to, args.n, args.batch_size)
     bar = common.Progress(total=args.n, initial=done, desc="label")
-    with common.writing(args.to, "the same command continues there"), open(args.to, "a") as f, bar:
+    with processes.writing(args.to, "the same command continues there"), open(args.to, "a") as f, bar:
         for start in range(done, args.n, args.batch_size):
             args.temperature = args.temperatures[start // args.batch_size % len(args.temperatures)]
             named = args.name and len(args.temperatures) == 1
@@ -130,7 +131,7 @@ def main(argv=None):
     with open(args.to) as f:
         pairs = pair_up([json.loads(line) for line in f], np.random.default_rng(args.seed))
     pairs_file = args.to.removesuffix(".jsonl") + "_pairs.jsonl"
-    with common.writing(pairs_file):
+    with processes.writing(pairs_file):
         write_jsonl(pairs_file, pairs)
 
 

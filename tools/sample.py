@@ -17,11 +17,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import common
+from runtime import flags, processes
 
 
 def prompt_room(policy, args):
     """Tokens that the context leaves for a prompt."""
-    room = common.context_length(policy.lm.config) - args.max_new_tokens
+    room = flags.context_length(policy.lm.config) - args.max_new_tokens
     if room < 1:
         common.die(f"--max-new-tokens {args.max_new_tokens}: leaves no position for a prompt; lower it")
     return room
@@ -30,14 +31,14 @@ def prompt_room(policy, args):
 def answer(policy, tok, rows, args):
     """Sample an answer to each {prompt[, system]} -> lists of token ids, texts, whether each ended."""
     room = prompt_room(policy, args)
-    prompts = [common.encode_prompt(tok, common.behind_system(row), room) for row in rows]
+    prompts = [common.encode_prompt(tok, rows.behind_system(row), room) for row in rows]
     ids, _, mask, ended = common.rollout(policy, prompts, tok, args, policy.lm.device)
     responses = common.unpad(ids, mask)
     return responses, tok.batch_decode(responses, skip_special_tokens=True), ended.tolist()
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help)
     p.add_argument("--policy", default="out/tiny/dvpo/model", help="transformers folder or hub id")
     p.add_argument("--prompts", help="rows {prompt}; without it, chat")
     p.add_argument("--to", default="answers.json", help="file to write")
@@ -50,12 +51,12 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
     if args.prompts:
-        common.check_writable(args.to)
+        processes.check_writable(args.to)
     reward = common.load_function(args.reward)
     tok = common.load_tokenizer(args.policy)
     policy = common.load_model(args.policy, trainable=False).eval()
     if args.max_new_tokens is None:
-        args.max_new_tokens = min(512, common.context_length(policy.lm.config) // 2)
+        args.max_new_tokens = min(512, flags.context_length(policy.lm.config) // 2)
     if min(args.temperature, args.batch_size, args.max_new_tokens) <= 0:
         common.die("--temperature, --batch-size and --max-new-tokens must be above 0 (greedy: 1e-4)")
     torch.manual_seed(args.seed)
@@ -76,7 +77,7 @@ def main(argv=None):
             answers.append(dict(instruction=question, output=text, generator=args.policy, ended=end))
             if reward:
                 rewards.append(reward(prompt, text))
-    common.write_json(args.to, answers)
+    processes.write_json(args.to, answers)
     mean = f", mean reward {sum(rewards) / len(rewards):.3f}" if reward else ""
     print(f"{args.to}: {len(answers)} answers{mean}")
 
