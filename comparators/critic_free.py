@@ -88,8 +88,6 @@ def parse_args(argv=None):
     flag("--missing-eos-penalty", type=float, default=1.0, help="for a truncated response")
     flag("--kl-coef", type=float, default=d.kl_coef, help="KL coefficient (GRPO's paper 0.04)")
     flag("--kl-target", type=float, default=0.0, help="as in dvpo.py; 0: constant (papers)")
-    flag("--lora", action="store_true",
-         help="train an adapter (rank 8, alpha 32) on the trunk: one model in memory")
     # Only a ratio can correct a second update on the same rollouts
     if own.clipped:
         flag("--grad-accum", type=int, default=d.grad_accum, help="mini-batches per update")
@@ -172,14 +170,8 @@ def main(argv=None):
     if reward is None:
         rm = common.load_adapter(trunk, tok, args.rm, "python ppo_baseline.py --rm-only")
 
-    # The policy is a second model, or with --lora another adapter on the trunk.
-    if args.lora:
-        trunk.add_adapter("policy", r=8, alpha=32)
-        model = trunk
-        adapter = "policy"
-    else:
-        model = common.load_model(args.init_from, args)
-        adapter = None
+    # The policy is a second model.
+    model = common.load_model(args.init_from, args)
 
     # A rollout has B sampled responses, a group in a row; then the greedy one of each prompt.
     B = args.batch_size
@@ -191,7 +183,7 @@ def main(argv=None):
     length = args.max_prompt_length + args.max_new_tokens           # tokens of the longest row
     policy = run.engine(
         "policy", model, args.lr, length, args.mini_batch_size, args.grad_accum, decodes=True)
-    trunk = policy if args.lora else run.frozen(trunk)
+    trunk = run.frozen(trunk)
 
     state = run.resume()
     kl_coef = state.get("kl_coef", args.kl_coef)
@@ -206,7 +198,7 @@ def main(argv=None):
         with run.phase("generate"):
             policy.eval()
             rolled_out = common.rollout(
-                run.actor(model), prompt_ids, tok, rollout_args, device, adapter)
+                run.actor(model), prompt_ids, tok, rollout_args, device)
         ids, attn, mask, ended = rolled_out
         T = mask.shape[1]                                           # tokens of the longest
         texts = [tok.decode(r, skip_special_tokens=True) for r in common.unpad(ids, mask)]
@@ -246,7 +238,7 @@ def main(argv=None):
             old_logp = torch.zeros_like(ref_logp)                   # filled in by part 5
             if args.clipped:
                 old_logp = common.forward_in_micro_batches(
-                    policy, *batches, adapter=adapter, **sampling)
+                    policy, *batches, **sampling)
 
         # 5. Update: passes of clipped policy gradient, or one step of REINFORCE
         with run.phase("train"):
@@ -261,7 +253,7 @@ def main(argv=None):
                 for group in order.split(rows_per_update):
                     total = run.sum(weight[group].sum())
                     for m in group.split(args.mini_batch_size):
-                        logp = policy(ids[m], attn[m], T, adapter, **sampling)
+                        logp = policy(ids[m], attn[m], T, **sampling)
                         parts = (ref_logp[m], adv[m, None])
                         if args.clipped:
                             share = weight[m] / total
@@ -298,8 +290,8 @@ def main(argv=None):
         run.keep(kl_coef=kl_coef, kl=kl_before)
 
     # Save, and measure on fresh answers to held-out prompts
-    run.save_model(model, tok, adapter)
-    common.evaluate(run, model, policy, trunk, tok, heldout, gold, adapter)
+    run.save_model(model, tok)
+    common.evaluate(run, model, policy, trunk, tok, heldout, gold)
 
 
 if __name__ == "__main__":

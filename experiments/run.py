@@ -57,7 +57,6 @@ EXPERIMENTS = {
         "DVPO": DVPO,
         "DVPO, no tau": f"{DVPO} --tau-pairs 0",
         "PPO": PPO,
-        "DPO": f"comparators/dpo.py {PAIRS}",
         "ReMax": f"{CRITIC_FREE} --method remax",
         "GRPO": f"{CRITIC_FREE} --method grpo",
         "Dr. GRPO": f"{CRITIC_FREE} --method dr_grpo",
@@ -96,8 +95,6 @@ EXPERIMENTS = {
         "DVPO --lora": "dvpo.py --lora --lr 1e-4",
         "Dr. GRPO": f"comparators/critic_free.py --method dr_grpo --rm {SMOLLM2}/rm/model --group-size 4 "
                     "--kl-target 6 --kl-coef 0.2",
-        "DPO": f"comparators/dpo.py {SMOLLM2_PAIRS} --pairs-heldout {SMOLLM2}/heldout_pairs.jsonl "
-               "--max-steps 60",
     }),
     "smollm2_kl": ("SmolLM2 from a KL coefficient too small and too large", {
         "DVPO, from 0.05": "dvpo.py --kl-coef 0.05",
@@ -228,10 +225,9 @@ def measure(out):
     found = dict(steps=len(rows), fresh=fresh, distinct=distinct(samples), samples=samples[:8], peak_mb=peak,
                  # Other programs ran beside some of the steps
                  step_seconds=float(np.percentile(seconds, 25)))
-    if "gold" in rows[0]:                               # DPO has no rollouts while it trains
-        last = rows[-max(1, len(rows) // 10):]
-        found["late"] = {key: float(np.mean([row[key] for row in last])) for key in ("gold", "kl", "ended")}
-        found["gold"] = [round(row["gold"], 4) for row in rows]
+    last = rows[-max(1, len(rows) // 10):]
+    found["late"] = {key: float(np.mean([row[key] for row in last])) for key in ("gold", "kl", "ended")}
+    found["gold"] = [round(row["gold"], 4) for row in rows]
     return found
 
 
@@ -356,23 +352,21 @@ def summary(data):
 def runs_table(data):
     """Every run with intervals over its seeds, and how soon it has 80 % of what PPO gains."""
     first, *_ = data["runs"]
-    base = {seed: x for seed, x in data["runs"][first].items() if "late" in x}
-    ppo = [run for run in data["runs"].get("PPO", {}).values() if "gold" in run]
+    base = data["runs"][first]
     level = np.inf
-    if ppo:
+    if ppo := data["runs"].get("PPO", {}).values():
         start = np.mean([run["gold"][0] for run in ppo])
         level = start + 0.8 * (np.mean([run["late"]["gold"] for run in ppo]) - start)
     cells = []
     for run, found in data["runs"].items():
-        late = [x["late"] for x in found.values() if "late" in x]
         row = [run]
-        for part in late, [x["fresh"] for x in found.values()]:
-            row += [interval([x[key] for x in part], digits) if part else ""
+        for part in "late", "fresh":
+            row += [interval([x[part][key] for x in found.values()], digits)
                     for key, digits in (("gold", 3), ("kl", 2))]
         behind = [x["late"]["gold"] - base[seed]["late"]["gold"] for seed, x in found.items()
-                  if "late" in x and seed in base]
+                  if seed in base]
         row.append(interval(behind, 3, "+") if behind and run != first else "")
-        steps = [(reach(x["gold"], level), x["step_seconds"]) for x in found.values() if "gold" in x]
+        steps = [(reach(x["gold"], level), x["step_seconds"]) for x in found.values()]
         there = [(n, n * seconds) for n, seconds in steps if n]
         missed = f" ({len(there)} of {len(steps)} seeds)" if 0 < len(there) < len(steps) else ""
         row += [interval(x, 0) + missed for x in zip(*there, strict=True)] or ["", ""]

@@ -3,13 +3,10 @@
 Open this file to add a model, or to change a default. Flags of one stage stand in that stage.
 """
 import argparse
-import contextlib
 import math
 import os
 
-from transformers import AutoConfig
-
-from runtime.processes import CUDA, die, say
+from runtime.processes import CUDA, die
 
 DS_CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "ds_config.json")
 
@@ -27,7 +24,7 @@ PAPER = {
                kl_coef=0.2, kl_target=6.0, max_new_tokens=1024, max_prompt_length=512,
                max_steps=1000, save_every=100, advantage="delta", temperature=1.0),
     # comparators/, over rl
-    "grpo": dict(kl_coef=0.04), "remax": {}, "dpo": dict(grad_accum=2),
+    "grpo": dict(kl_coef=0.04), "remax": {},
 }
 # What the toy needs instead
 TINY = {
@@ -38,7 +35,7 @@ TINY = {
                lora_dropout=0.0),
     "rl": dict(lr=3e-4, critic_lr=1e-3, batch_size=64, mini_batch_size=32, grad_accum=1, kl_coef=0.1,
                kl_target=1.2, max_prompt_length=64, max_new_tokens=32, max_steps=100),
-    "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05), "dpo": dict(lr=1e-3, grad_accum=1),
+    "grpo": dict(kl_coef=0.3), "remax": dict(lr=3e-3, kl_coef=0.05),
 }
 # Settings that learn within an hour on two cores: data/smollm2.py
 SMOLLM2 = {
@@ -48,7 +45,6 @@ SMOLLM2 = {
                lora_dropout=0.0),
     "rl": dict(lr=2e-5, critic_lr=2e-5, batch_size=32, mini_batch_size=8, grad_accum=1, ppo_epochs=1,
                max_prompt_length=64, max_new_tokens=32, max_steps=30, save_every=10, temperature=0.8),
-    "dpo": dict(grad_accum=1),
 }
 # One line per model; any other hub id or folder has the paper's settings at ZeRO-1
 PRESETS = {
@@ -94,14 +90,6 @@ def flags(doc, argv, *stages):
     for stage in stages:
         vars(d).update(PAPER[stage] | d.stages.get(stage, {}))
 
-    # The defaults must fit into the model's positions: a quarter for the prompt, half for the answer,
-    # the rest for tau
-    context = positions(d.id)
-    for key, divisor in ("max_length", 1), ("max_prompt_length", 4), ("max_new_tokens", 2):
-        most = context // divisor
-        if vars(d).get(key, 0) > most:
-            setattr(d, key, most)
-            say(f"{d.id} has {context} positions: {key} is {most}")
     flag("-h", "--help", action="help", help="show this and end")
     flag("--seed", type=int, default=1, help="seed of shuffling and sampling")
     flag("--zero", type=int, choices=range(4), default=d.zero, help="ZeRO stage (paper: 1; 8B: 3)")
@@ -157,14 +145,6 @@ def context_length(config):
             original = original or getattr(config, "original_max_position_embeddings", None)
             context = min(context, original or context)
     return context
-
-
-def positions(path):
-    """The context length of the model in a local folder; 2^30 where there is no model."""
-    with contextlib.suppress(OSError, ValueError):
-        if os.path.isdir(path):
-            return context_length(AutoConfig.from_pretrained(path))
-    return 1 << 30
 
 
 def check_context(model, tokens):

@@ -249,19 +249,6 @@ def test_gelu_of_gpt2_is_fused():
         close(model.lm(ids).logits, lm(ids).logits, 1e-4)
 
 
-def test_defaults_fit_into_the_context_of_a_folder():
-    """What the user sets is left alone: check_context refuses it."""
-    transformers.GPT2Config(n_positions=600).save_pretrained(path("short"))
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        args = dvpo.parse_args(["--model", path("short")])
-        given = dvpo.parse_args(["--model", path("short"), "--max-new-tokens", "500"])
-        gvm = train_gvm.parse_args(["--model", path("short")])
-    lengths = args.max_prompt_length, args.max_new_tokens, gvm.max_length
-    assert lengths == (150, 300, 600)                   # the rest is tau's
-    assert given.max_new_tokens == 500 and "has 600 positions: max_new_tokens is 300" in said.getvalue()
-    assert dvpo.parse_args(["--model", "llama3-3b"]).max_new_tokens == 1024
-
-
 def kept_bytes(model):
     """What the backward pass of one row keeps beside the weights."""
     ids = torch.arange(16)[None]

@@ -4,14 +4,17 @@ import importlib
 import io
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
+import textwrap
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import HERE, PROMPT, close, path, quirky_model, quirky_tokenizer, refused, world
+from helpers import HERE, PROMPT, path, world
 
 import common
 import train_gvm
@@ -45,29 +48,25 @@ def test_label_goes_on_where_it_stopped():
 
 
 def test_label_with_a_reward_model():
-    """A sequence-classification checkpoint scores a batch as it scores the rows one by one."""
+    """The reward function of docs/data.md, on a sequence-classification checkpoint made here."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from tools import label
-
-    tok = quirky_tokenizer("llama")
+    tok = toy.tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, num_labels=1, initializer_range=0.3)
-    rm = LlamaForSequenceClassification(config).eval()
-    rm.save_pretrained(path("rm_hf"))
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(path("rm_hf"))
     tok.save_pretrained(path("rm_hf"))
-    prompts = [PROMPT, "review the wine .", PROMPT]
-    responses = ["the soup was great . the staff was kind .", "", "no ."]
-    tok = common.load_tokenizer(path("rm_hf"))
-    want = []
-    ended = [True, True, False]                         # the last was cut: no eos
-    for prompt, response, end in zip(prompts, responses, ended, strict=True):
-        ids = common.encode_prompt(tok, prompt) + common.encode_response(tok, response)
-        want.append(rm(torch.tensor([ids if end else ids[:-1]])).logits.item())
-    close(label.score_with(path("rm_hf"))(prompts, responses, ended), want, 1e-5)
-    # A language model would score with a random head
-    refused(lambda: label.score_with(quirky_model("llama")), "not a reward model")
+    page = pathlib.Path(HERE, "docs/data.md").read_text()
+    code, = re.findall(r"^    import functools\n.*?logits\.item\(\)\n", page, re.M | re.S)
+    with open(path("published.py"), "w") as f:
+        f.write(textwrap.dedent(code).replace("FOLDER_OR_ID", path("rm_hf")))
+    reward = common.load_function(path("published.py:reward"))
+    said = "the soup was great ."
+    text = f"<bos> <user> {PROMPT} <assistant> {said} <eos>"
+    want = model(tok(text, add_special_tokens=False, return_tensors="pt")["input_ids"]).logits.item()
+    assert reward(PROMPT, said) == reward([dict(role="user", content=PROMPT)], said) == want
 
 
 @pytest.fixture

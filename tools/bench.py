@@ -120,7 +120,7 @@ def steps_of(args, method):
         if process.poll() is not None:
             sys.exit(f"error: {method} ended: see {out}.log")
         if os.path.exists(f"{out}/metrics.jsonl"):
-            rows = read_lines(f"{out}/metrics.jsonl")
+            rows = read_lines(f"{out}/metrics.jsonl")[:args.rounds + 1]
     process.kill()                                      # the rest would measure the policy
     process.wait()
 

@@ -30,10 +30,10 @@ RM = f"ppo_baseline.py {PAIRS} --rm-max-steps 20 --rm-only"
 FIRST = {
     "sft_z1": "sft.py --zero 1 --max-steps 36",
     "gvm": "train_gvm.py --max-steps 36",
+    "gvm_z1": "train_gvm.py --max-steps 36 --zero 1",
     "gvm_z3": "train_gvm.py --max-steps 36 --zero 3",
     "rm": f"{RM} --rm {FOLDER}/rm/model",
     "rm_z1": f"{RM} --rm {FOLDER}/rm_z1/model --zero 1",
-    "dpo": f"comparators/dpo.py {PAIRS} --max-steps 36",
 }
 THEN = {
     "dvpo": DVPO,

@@ -2,7 +2,6 @@
 
     python tools/label.py                       the toy's SFT model, scored by the gold reward
     python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward FILE.py:function --to rows.jsonl
-    python tools/label.py --policy FOLDER --prompts FILE.jsonl --reward-model FOLDER_OR_ID --to rows.jsonl
 
 Rows are {prompt, response, reward, policy, ended, ids, tokenizer}. policy is --name, followed by the
 temperature where it is not 1, unless --name is given with a single temperature. ended is false if
@@ -28,44 +27,6 @@ from runtime import flags, processes
 from tools.sample import answer, prompt_room
 
 
-def score_with(path):
-    """A sequence-classification checkpoint -> function(prompts, responses, ended) -> list of floats."""
-    from transformers import AutoModelForSequenceClassification
-
-    tok = common.load_tokenizer(path)
-    try:
-        rm, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError) as e:
-        common.die(common.missing_model(path, e))
-    if missing := sorted(info["missing_keys"]):
-        common.die(f"--reward-model {path}: not a reward model, it has no weights for {missing}")
-    rm.to("cuda" if common.CUDA else "cpu").eval()
-    pad = int(tok.eos_token_id == 0)                    # not eos: the head reads the last token but padding
-    rm.config.pad_token_id = pad
-    context = flags.context_length(rm.config)
-
-    def score(prompts, responses, ended):
-        rows = [encode_conversation(tok, *conversation)[-context:]
-                for conversation in zip(prompts, responses, ended, strict=True)]
-        ids, attn, _ = common.frame([[]] * len(rows), rows, rm.device)
-        return rm(ids.masked_fill(attn == 0, pad), attention_mask=attn).logits[:, 0].tolist()
-
-    return score
-
-
-def encode_conversation(tok, prompt, response, ended=True):
-    """Prompt and answer as the chat template itself renders them: what most reward models were trained on.
-
-    A cut answer ends with its last word, and without a template an answer ends with eos.
-    """
-    if not (tok.chat_template and ended):
-        return common.encode_prompt(tok, prompt) + common.encode_response(tok, response, ended)
-    turns = [*common.as_messages(prompt), dict(role="assistant", content=response)]
-    messages = common.with_only_text(tok, turns)
-    return list(common.encode_messages(tok, messages, add_generation_prompt=False))
-
-
 def keep_whole_batches(path, n, batch_size):
     """Remove the rows of an incomplete batch from an earlier run's file -> the number of rows left."""
     with open(path) as f:
@@ -82,7 +43,6 @@ def main(argv=None):
     p.add_argument("--policy", default="out/tiny/sft/model", help="transformers folder or hub id to sample")
     p.add_argument("--prompts", default="data/toy/prompts.jsonl", help="rows {prompt}, used in order")
     p.add_argument("--reward", default="data/toy.py:gold_reward", help="FILE.py:function(prompt, response)")
-    p.add_argument("--reward-model", help="sequence-classification checkpoint, instead of --reward")
     p.add_argument("--to", default="out/tiny/sft/labelled.jsonl", help="file to write, or to continue")
     p.add_argument("--name", help="name of the policy in the rows (default: the name of its folder)")
     p.add_argument("--n", type=int, default=5000, help="number of rows")
@@ -100,13 +60,12 @@ def main(argv=None):
     tok = common.load_tokenizer(args.policy)
     policy = common.load_model(args.policy, args, trainable=False).eval()
     prompts = common.read_prompts(tok, args.prompts, prompt_room(policy, args), "prompt length")
-    rm = score_with(args.reward_model) if args.reward_model else None
-    reward = None if rm else common.load_function(args.reward)
+    reward = common.load_function(args.reward)
     *_, parent, folder = os.path.abspath(args.policy).split(os.sep)
     name = args.name or (parent if folder == "model" else folder)       # out/tiny/sft/model: sft
     processes.check_writable(args.to)
     open(args.to, "a").close()
-    processes.lock(args.to)                                # before an earlier run's last rows are removed
+    processes.lock(args.to)                             # before an earlier run's last rows are removed
     done = keep_whole_batches(args.to, args.n, args.batch_size)
     bar = common.Progress(total=args.n, initial=done, desc="label")
     with processes.writing(args.to, "the same command continues there"), open(args.to, "a") as f, bar:
@@ -118,13 +77,12 @@ def main(argv=None):
             batch = [prompts[i % len(prompts)] for i in index]
             torch.manual_seed(args.seed * 1_000_003 + start)    # so a continued run writes the same rows
             responses, texts, ended = answer(policy, tok, batch, args)
-            asked = [row["prompt"] for row in batch]
-            rewards = rm(asked, texts, ended) if rm else list(map(reward, asked, texts))
             for i, row in enumerate(batch):
                 persona = row.get("policy") if row.get("system") else None
-                labelled = dict(prompt=row["prompt"], response=texts[i], reward=rewards[i],
-                                policy=(persona or name) + suffix, ended=ended[i], ids=responses[i],
-                                tokenizer=common.tokenizer_fingerprint(tok))
+                labelled = dict(prompt=row["prompt"], response=texts[i],
+                                reward=reward(row["prompt"], texts[i]),
+                                policy=(persona or name) + suffix, ended=ended[i],
+                                ids=responses[i], tokenizer=common.tokenizer_fingerprint(tok))
                 f.write(json.dumps(labelled) + "\n")
             f.flush()
             bar.update(len(batch))

@@ -18,6 +18,7 @@ import torch
 
 import common
 from runtime import flags, processes
+from runtime.rows import behind_system
 
 
 def prompt_room(policy, args):
@@ -31,7 +32,7 @@ def prompt_room(policy, args):
 def answer(policy, tok, rows, args):
     """Sample an answer to each {prompt[, system]} -> lists of token ids, texts, whether each ended."""
     room = prompt_room(policy, args)
-    prompts = [common.encode_prompt(tok, rows.behind_system(row), room) for row in rows]
+    prompts = [common.encode_prompt(tok, behind_system(row), room) for row in rows]
     ids, _, mask, ended = common.rollout(policy, prompts, tok, args, policy.lm.device)
     responses = common.unpad(ids, mask)
     return responses, tok.batch_decode(responses, skip_special_tokens=True), ended.tolist()
