@@ -90,6 +90,6 @@ lint: .venv/ready       ## ruff, and how dense the code is
 	$(PY) tests/density.py
 
 results-check: .venv/ready      ## the tables and numbers of the pages against results/
-	$(PY) experiments/pages.py
+	$(PY) tests/pages.py
 
 .PHONY: help install demo demo-dvpo demo-ppo smollm2 test lint results-check

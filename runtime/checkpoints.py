@@ -3,7 +3,6 @@
 save_model writes a transformers folder, save_adapter a GVM or reward model, Checkpoints what --resume reads.
 Open this file to save another format. What a stage itself must remember goes into Run.keep.
 """
-import contextlib
 import functools
 import hashlib
 import json
@@ -12,9 +11,7 @@ import pathlib
 import re
 import shutil
 import signal
-import zlib
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -112,7 +109,7 @@ def load_adapter(model, tok, folder, made_by, asked=None):
 
 
 class Checkpoints:
-    """OUT/checkpoint/step_N: DeepSpeed's files of each engine, random states, the stage's state, check sums.
+    """OUT/checkpoint/step_N: DeepSpeed's files of each engine, random states, the stage's state.
 
     first, state = checkpoints.load()      the step to continue with and what `save` was given, or 0, {}
     checkpoints.save(step, state)          after each step; writes every --save-every, and on a signal
@@ -142,19 +139,26 @@ class Checkpoints:
         return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name)), reverse=True)
 
     def load(self):
-        step = self.last_whole() if self.args.resume else 0
-        path = self.path(step)
-        if step == 0:
-            if rank() == 0 and self.steps():            # an older run's, which --resume must not find
+        step = max(self.steps(), default=0)
+        if not self.args.resume or step == 0:
+            if self.args.resume:
+                say(f"{self.folder}: no checkpoint to resume from; starting a new run")
+            if rank() == 0 and step:                    # an older run's, which --resume must not find
                 shutil.rmtree(self.folder + ".old", ignore_errors=True)
                 os.rename(self.folder, self.folder + ".old")
             barrier()
             return 0, {}
+        path = self.path(step)
         changed = self.changed_flags(path)
-        for name, engine in self.engines.items():
-            engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
+        try:
+            for name, engine in self.engines.items():
+                engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
+            mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
+        except Exception as e:                          # what a file that is cut short raises has many types
+            reason = str(e)[:100]
+            die(f"{path}: cannot be read ({reason!r}); remove it, and --resume goes on from the one before",
+                all_ranks=True)
         self.skipped = sum(engine.skipped_steps for engine in self.engines.values())
-        mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
         torch.set_rng_state(mine["random"])
         if "random_cuda" in mine:
             torch.cuda.set_rng_state(mine["random_cuda"])
@@ -178,21 +182,6 @@ class Checkpoints:
         if changed:
             say(f"--resume with {', '.join(changed.values())}")
         return changed
-
-    def last_whole(self):
-        """The last step whose checkpoint is what was written, or 0; damaged ones are moved aside."""
-        steps = self.steps()
-        for step in steps:
-            path = self.path(step)
-            if not all_max(int(rank() == 0 and is_damaged(path))):
-                return step
-            say(f"{path}: cut short or damaged; using the one before it")
-            if rank() == 0:
-                os.rename(path, path + ".damaged")
-        if steps:
-            die(f"{self.folder}: all checkpoints are damaged; start a new run without --resume")
-        say(f"{self.folder}: no checkpoint to resume from; starting a new run")
-        return 0
 
     def flags(self):
         """What --resume compares: the number of processes, too."""
@@ -219,26 +208,9 @@ class Checkpoints:
             barrier()
             if rank() == 0:
                 pathlib.Path(tmp, "run.json").write_text(json.dumps(self.flags(), indent=1))
-                pathlib.Path(tmp, "files.json").write_text(json.dumps(check_sums(tmp), indent=1))
         if rank() == 0:
             for old in self.steps()[KEPT:]:
                 shutil.rmtree(self.path(old))
         if self.stop:
             say(f"\nstopped after step {step}; continue with --resume")
             finish()
-
-
-def check_sums(folder):
-    """{file: [bytes, CRC-32]} of every file in a folder but files.json itself."""
-    found = {}
-    for p in pathlib.Path(folder).rglob("*"):
-        if p.is_file() and p.name != "files.json":
-            found[str(p.relative_to(folder))] = [p.stat().st_size, zlib.crc32(np.memmap(p, mode="r"))]
-    return found
-
-
-def is_damaged(folder):
-    """Whether its files are not those that were written."""
-    with contextlib.suppress(OSError, ValueError):      # no list, a cut list, an empty file
-        return json.loads(pathlib.Path(folder, "files.json").read_text()) != check_sums(folder)
-    return True

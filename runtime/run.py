@@ -23,24 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from runtime import processes
 from runtime.checkpoints import Checkpoints, save_adapter, save_model
 from runtime.flags import check_context
 from runtime.graphs import compile_blocks
 from runtime.metrics import Metrics, peak_bytes, synchronize
-from runtime.processes import (
-    CUDA,
-    all_sum,
-    deepspeed,
-    die,
-    finish,
-    gathered,
-    rank,
-    seed,
-    start,
-    world,
-    write_json,
-    writing,
-)
+from runtime.processes import CUDA, all_sum, deepspeed, die, gathered, rank, world, write_json, writing
 
 
 def ds_config(args, model, rows, accum=1):
@@ -92,7 +80,7 @@ class Run:
         self.name = name
         self.show = show
         self.out = out or args.out
-        self.device = start(args, self.out)
+        self.device = processes.start(args, self.out)
         self.rank = rank()
         self.world = world()
         self.engines = {}                               # name: DeepSpeed engine
@@ -141,7 +129,7 @@ class Run:
 
     def resume(self):
         """Load the last checkpoint where --resume asks for it -> what `keep` was given then, or {}."""
-        seed(self.args)                                 # again: nothing before the loop may matter
+        processes.seed(self.args)                                 # again: nothing before the loop may matter
         self.checkpoints = Checkpoints(self.args, self.out, self.engines)
         self.first, state = self.checkpoints.load()
         return state
@@ -186,7 +174,8 @@ class Run:
         self.kept = state
 
     sum = staticmethod(all_sum)                         # of a tensor over all ranks
-    end = staticmethod(finish)                          # the last call of a stage
+    save_adapter = staticmethod(save_adapter)           # to a folder, and what must be known of it
+    end = staticmethod(processes.finish)                    # the last call of a stage
 
     def saves_model(self):
         """Whether the model is written after this step, too, and not only at the end."""
@@ -195,10 +184,6 @@ class Run:
     def save_model(self, model, tok, adapter=None):
         """Write OUT/model, a transformers folder, with the adapter merged."""
         save_model(model, tok, os.path.join(self.out, "model"), adapter)
-
-    def save_adapter(self, model, name, tok, folder, **about):
-        """Write adapter and head of that name, and what must be known of them, to a folder."""
-        save_adapter(model, name, tok, folder, **about)
 
     def write(self, name, value):
         write_json(os.path.join(self.out, name), value)

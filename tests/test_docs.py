@@ -44,5 +44,5 @@ def test_readme_has_commands_and_right_line_counts():
 
 
 def test_numbers_come_from_results():
-    done = script(sys.executable, "experiments/pages.py")
+    done = script(sys.executable, "tests/pages.py")
     assert done.returncode == 0, done.stderr

@@ -91,7 +91,7 @@ def test_a_stopped_stage_is_not_done(tmp_path, monkeypatch):
 
 def test_pages_name_their_numbers(tmp_path, monkeypatch):
     """A wrong table and a number that no page has are both found."""
-    from experiments import pages
+    import pages
 
     (tmp_path / "results").mkdir()
     (tmp_path / "results/a.md").write_text("# A\n\n## Runs\n\n| x |\n| --- |\n| 0.123 |\n\nmore\n")

@@ -1,7 +1,7 @@
 """Where the numbers of README.md, docs/ and results/README.md come from: the other pages of results/.
 
-    python experiments/pages.py             make results-check
-    python experiments/pages.py --write     copy the tables anew
+    python tests/pages.py                   make results-check
+    python tests/pages.py --write           copy the tables anew
 
 Those pages are written by the programs that measured. A table behind `<!-- methods.md: Runs -->` is the table
 under the heading Runs of results/methods.md. A number with two or more decimals in prose must stand in one of
