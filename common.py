@@ -571,13 +571,10 @@ def load_tokenizer(path):
 
 def encode_prompt(tok, prompt, max_length=None):
     """Prompt, text or a list of {role, content} -> ids up to the beginning of the response, one bos."""
-    ids = list(encode_messages(tok, with_only_text(tok, prompt)))
+    # No text of a user is a control token
+    messages = tuple((m["role"], only_text(tok, m["content"])) for m in as_messages(prompt))
+    ids = list(encode_messages(tok, messages))
     return ids if max_length is None else cut_prompt(tok, ids, max_length)
-
-
-def with_only_text(tok, prompt):
-    """A prompt, text or a list of {role, content} -> ((role, text), ...), without control tokens."""
-    return tuple((m["role"], only_text(tok, m["content"])) for m in as_messages(prompt))
 
 
 def cut_prompt(tok, ids, max_length):
@@ -596,7 +593,7 @@ def prompt_opening(tok):
 
 
 @functools.lru_cache(1 << 14)                           # prompts recur: as pairs, as tau, in every epoch
-def encode_messages(tok, messages, add_generation_prompt=True):
+def encode_messages(tok, messages):
     if tok.chat_template:
         chat = [dict(role=role, content=text) for role, text in messages]
         template = tok.chat_template
@@ -605,7 +602,7 @@ def encode_messages(tok, messages, add_generation_prompt=True):
             template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + template
         try:
             ids = list(tok.apply_chat_template(chat, chat_template=template, return_dict=False,
-                                               add_generation_prompt=add_generation_prompt))
+                                               add_generation_prompt=True))
         except TemplateError as e:
             # read_rows has tried this order of roles, but not this text
             roles = ", ".join(role for role, _ in messages)
@@ -724,23 +721,9 @@ def pack(tok, row, before, max_length, tau_length):
 
 
 def read_pairs(paths, tok, max_length):
-    """Pairs {prompt, chosen, rejected}, without those that --max-length cuts to one answer."""
-    def equal(pair):
-        chosen, rejected = (one_side(pair, side) for side in ("chosen", "rejected"))
-        # A cheap test first, as most pairs differ early. At least max_length / 2 tokens of an
-        # answer are kept, and a character takes at most four tokens
-        kept = max_length // 8
-        if chosen["response"][:kept] != rejected["response"][:kept]:
-            return False
-        return pack(tok, chosen, [], max_length, 0)[0] == pack(tok, rejected, [], max_length, 0)[0]
-
+    """Rows {prompt, chosen, rejected}; says how many of them are cut to max_length tokens."""
     keys = ["prompt", "chosen", "rejected"]
-    read = [pair for path in paths for pair in read_rows(path, keys, tok=tok)]
-    pairs = [pair for pair in read if not equal(pair)]
-    if not pairs:
-        die(f"{', '.join(paths)}: --max-length {max_length} makes the answers of all pairs equal")
-    if len(pairs) < len(read):
-        say(f"--max-length {max_length}: left out {len(read) - len(pairs)} pairs that it makes equal")
+    pairs = [pair for path in paths for pair in read_rows(path, keys, tok=tok)]
     check_lengths(pairs, lambda pair: encode_whole(tok, one_side(pair, "chosen")), max_length)
     return pairs
 

@@ -49,7 +49,6 @@ def parse_args(argv=None):
     flag("--gvm", default=f"{d.out}/gvm/model", help="global value model, from train_gvm.py")
     flag("--gold", default=d.reward,
          help="FILE.py:function(prompt, response) -> float, logged and never trained on")
-    flag("--reward", help=argparse.SUPPRESS)                        # PPO's flag: refused below
     flag("--out", default=f"{d.out}/dvpo", help="folder to write")
     # Size: a step is one batch of rollouts and several updates on it
     flag("--max-steps", type=int, default=d.max_steps, help="rollout steps (paper: about 450)")
@@ -85,10 +84,7 @@ def parse_args(argv=None):
          help="a step ends early above 1.5 times this KL per token (paper 0.1)")
     flag("--lora", action="store_true",
          help="train an adapter (rank 8, alpha 32) on the trunk: one model in memory")
-    args = common.parse(p, argv)
-    if args.reward is not None:
-        common.die(f"--reward is --gold now, as it is not trained on: --gold {args.reward}")
-    return args
+    return common.parse(p, argv)
 
 
 def clipped_ppo_loss(logp, old_logp, adv, mask, clip):

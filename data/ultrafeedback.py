@@ -42,28 +42,16 @@ def rating(completion):
     return (sum(numbers) / len(numbers) - 3) / 2 if numbers else None
 
 
-def labelled_rows(raw, dropped):
+def labelled_rows(raw):
     """The completions of a raw row that have a rating and a text."""
     rows = []
     for completion in raw["completions"] or []:
-        reward = rating(completion)
         text = (completion.get("response") or "").strip()
-        if reward is None or not text:
-            dropped["completions without a rating or a text"] += 1
-        else:
-            rows.append(dict(prompt=raw["instruction"], response=text, reward=reward,
-                             policy=completion["model"]))
+        row = dict(prompt=raw["instruction"], response=text, reward=rating(completion),
+                   policy=completion["model"])
+        if text and row["reward"] is not None:
+            rows.append(row)
     return rows
-
-
-def pair(rows, best, rng):
-    """The best completion and a random one that scored lower; None if all scored the same."""
-    worse = [row for row in rows if row["reward"] < best["reward"]]
-    if not worse:
-        return None
-    other = rng.choice(worse)
-    return dict(prompt=best["prompt"], chosen=best["response"], rejected=other["response"],
-                chosen_policy=best["policy"], rejected_policy=other["policy"])
 
 
 def make(paths, out):
@@ -75,16 +63,15 @@ def make(paths, out):
     for path in paths:
         for raw in common.read_rows(path, ["instruction", "completions"]):
             try:
-                rows = labelled_rows(raw, dropped)
+                rows = labelled_rows(raw)
             except (AttributeError, KeyError, TypeError) as e:
                 common.die(f"{path}: not a row of UltraFeedback ({e!r}): {str(raw)[:80]}")
+            dropped["completions without a rating or a text"] += len(raw["completions"] or []) - len(rows)
             prompt = raw["instruction"]
-            if prompt in seen:
-                dropped["repeated prompts"] += 1
-                continue
+            is_new = prompt not in seen
             seen.add(prompt)
-            if len(rows) < 2:
-                dropped["prompts with fewer than two completions"] += 1
+            if not is_new or len(rows) < 2:
+                dropped["prompts that came before, or with fewer than two completions"] += 1
                 continue
             rng = random.Random(prompt)
             part, = rng.choices(list(SHARES), SHARES.values())
@@ -96,11 +83,12 @@ def make(paths, out):
                 files["prompts" + suffix].append(dict(prompt=prompt))
             else:
                 files["gvm" + suffix] += rows
-                chosen = pair(rows, best, rng)
-                if chosen:
-                    files["pairs" + suffix].append(chosen)
-                else:
-                    dropped["pairs with equal ratings"] += 1
+                # The best completion, and any one that scored lower
+                if worse := [row for row in rows if row["reward"] < best["reward"]]:
+                    other = rng.choice(worse)
+                    files["pairs" + suffix].append(dict(
+                        prompt=prompt, chosen=best["response"], rejected=other["response"],
+                        chosen_policy=best["policy"], rejected_policy=other["policy"]))
     os.makedirs(out, exist_ok=True)
     for name, rows in files.items():
         write_jsonl(os.path.join(out, name + ".jsonl"), rows)

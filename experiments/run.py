@@ -15,10 +15,8 @@ Writes out/seeds/SEED/runs/RUN/ (SmolLM2: out/smollm2/RUN_SEED/) and results/EXP
 import argparse
 import concurrent.futures
 import functools
-import itertools
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -31,8 +29,7 @@ GVM = "train_gvm.py --data data/toy/gvm.jsonl {root}/labelled.jsonl"
 PAIRS = "--pairs data/toy/pairs.jsonl {root}/labelled_pairs.jsonl"
 RM = f"ppo_baseline.py --rm-only {PAIRS}"
 MODELS = {
-    "gvm": GVM, "gvm_half": f"{GVM} --epochs 0.5", "gvm_1": f"{GVM} --epochs 1", "gvm_3": f"{GVM} --epochs 3",
-    "rm": RM, "rm_1": f"{RM} --rm-epochs 1",
+    "gvm": GVM, "rm": RM,
     "plain_head": f"{GVM} --plain-head", "lambda_0": f"{GVM} --td-lambda 0",
     "lambda_1": f"{GVM} --td-lambda 1", "batch_norm": f"{GVM} --batch-norm",
     "one_pair": f"{GVM} --tau-pairs 1", "three_pairs": f"{GVM} --tau-pairs 3",
@@ -46,7 +43,7 @@ CRITIC_FREE = f"comparators/critic_free.py --rm {{rm}} {TARGET}"
 # What `make smollm2` and `make demo` leave
 SMOLLM2 = "out/smollm2"
 DEMO = "out/tiny"
-MADE = {"smollm2": SMOLLM2, "smollm2_kl": SMOLLM2, "demo": DEMO}
+MADE = {"smollm2": SMOLLM2, "demo": DEMO}
 SMOLLM2_PAIRS = f"--pairs {SMOLLM2}/personas_pairs.jsonl {SMOLLM2}/own_pairs.jsonl"
 SMOLLM2_PPO = f"ppo_baseline.py {SMOLLM2_PAIRS}"
 
@@ -68,24 +65,12 @@ EXPERIMENTS = {
         "PPO, critic from the GVM, trained on": f"{PPO} --critic-from gvm",
         "PPO, critic from the GVM, frozen": f"{PPO} --critic-from gvm --freeze-critic",
     }),
-    "kl": ("From a KL coefficient too small and too large", {
-        f"{name}, from {kl_coef}": f"{command} --kl-coef {kl_coef}"
-        for (name, command), kl_coef in itertools.product((("DVPO", DVPO), ("PPO", PPO)), (0.05, 0.5))
-    }),
     "choices": ("One choice at a time", {
         "DVPO": DVPO,
         "--advantage q": f"{DVPO} --advantage q",
         "--no-lr-decay": f"{DVPO} --no-lr-decay",
         **{name: f"dvpo.py --gvm {{{name}}} {TARGET}" for name in
            ("plain_head", "lambda_0", "lambda_1", "batch_norm", "one_pair", "three_pairs")},
-    }),
-    "cost": ("What the value costs", {
-        "DVPO": DVPO,
-        "DVPO, GVM of 0.5 passes": f"dvpo.py --gvm {{gvm_half}} {TARGET}",
-        "DVPO, GVM of 1 pass": f"dvpo.py --gvm {{gvm_1}} {TARGET}",
-        "DVPO, GVM of 3 passes": f"dvpo.py --gvm {{gvm_3}} {TARGET}",
-        "PPO": PPO,
-        "PPO, reward model of 1 pass": f"ppo_baseline.py --rm {{rm_1}} {PAIRS} {TARGET} --rm-epochs 1",
     }),
     "smollm2": ("SmolLM2-135M-Instruct", {
         "DVPO": "dvpo.py",
@@ -95,11 +80,6 @@ EXPERIMENTS = {
         "DVPO --lora": "dvpo.py --lora --lr 1e-4",
         "Dr. GRPO": f"comparators/critic_free.py --method dr_grpo --rm {SMOLLM2}/rm/model --group-size 4 "
                     "--kl-target 6 --kl-coef 0.2",
-    }),
-    "smollm2_kl": ("SmolLM2 from a KL coefficient too small and too large", {
-        "DVPO, from 0.05": "dvpo.py --kl-coef 0.05",
-        "DVPO": "dvpo.py",
-        "DVPO, from 0.5": "dvpo.py --kl-coef 0.5",
     }),
     "demo": ("The demo", {"DVPO": "dvpo.py", "PPO": "ppo_baseline.py"}),
 }
@@ -204,10 +184,6 @@ def commit():
     return done.stdout.strip()
 
 
-def machine(*notes):
-    return ", ".join([f"{os.cpu_count()} cores", platform.machine(), *notes])
-
-
 def distinct(samples):
     """Distinct words of all answers by the number of words, in answers to the same number of prompts."""
     said = [word for row in samples for word in re.findall(r"[a-z']+", row["response"].lower())]
@@ -267,7 +243,9 @@ def report(experiment, seeds, folder):
         done = {seed: out for seed, out in folders.items() if is_done(out)}
         if done:
             runs[run] = {seed: measure(out) for seed, out in done.items()}
-        commits |= {read_commit(out) for out in done.values()}
+        files = [Path(out, "commit") for out in done.values()]
+        # `make` writes none: its runs are of the present commit
+        commits |= {file.read_text() if file.exists() else commit() for file in files}
     if not runs:
         sys.exit(f"error: no run of {experiment} is there; start it without --report")
     seeds = sorted({seed for found in runs.values() for seed in found})
@@ -284,19 +262,13 @@ def report(experiment, seeds, folder):
             for run in runs}
     command = f"python experiments/run.py {experiment} --seeds {' '.join(map(str, seeds))}"
     data = dict(title=title, command=command, commit=", ".join(sorted(commits)),
-                machine=machine("one thread a run", "two at a time"), commands=full,
+                machine=f"{os.cpu_count()} cores, one thread a run, two at a time", commands=full,
                 before=before_rl(experiment, seeds), runs=runs, models=models)
     os.makedirs(folder, exist_ok=True)
     Path(folder, f"{experiment}.json").write_text(json.dumps(data, indent=1))
     text = "\n".join(page(data)) + "\n"
     Path(folder, f"{experiment}.md").write_text(text)
     print(text, end="")
-
-
-def read_commit(out):
-    """The commit that a run was made with; the present one where `make` made it."""
-    file = Path(out, "commit")
-    return file.read_text() if file.exists() else commit()
 
 
 # Student's t at 95 %, for 2 to 10 seeds

@@ -117,6 +117,7 @@ class Checkpoints:
 
     def __init__(self, args, out, engines):
         self.args = args
+        self.flags = vars(args) | dict(world_size=world())      # what --resume compares
         self.folder = os.path.join(out, "checkpoint")
         self.engines = engines
         self.stop = 0
@@ -152,9 +153,10 @@ class Checkpoints:
         changed = self.changed_flags(path)
         try:
             for name, engine in self.engines.items():
-                engine.load_checkpoint(path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
+                engine.load_checkpoint(
+                    path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
             mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
-        except Exception as e:                          # what a file that is cut short raises has many types
+        except Exception as e:                          # of many types, for a file that is cut short
             reason = str(e)[:100]
             die(f"{path}: cannot be read ({reason!r}); remove it, and --resume goes on from the one before",
                 all_ranks=True)
@@ -168,7 +170,7 @@ class Checkpoints:
     def changed_flags(self, path):
         """The flags that are not those of the checkpoint: said in one line, or refused."""
         before = json.loads(pathlib.Path(path, "run.json").read_text())
-        now = json.loads(json.dumps(self.flags()))      # lists for tuples, as in the file
+        now = json.loads(json.dumps(self.flags))      # lists for tuples, as in the file
         changed = {}
         for key, value in before.items():
             if key not in NOT_OF_THE_RUN and now.get(key, value) != value:
@@ -182,10 +184,6 @@ class Checkpoints:
         if changed:
             say(f"--resume with {', '.join(changed.values())}")
         return changed
-
-    def flags(self):
-        """What --resume compares: the number of processes, too."""
-        return vars(self.args) | dict(world_size=world())
 
     def save(self, step, state):
         """`step` has just been done, counted from 0."""
@@ -207,7 +205,7 @@ class Checkpoints:
             torch.save(mine, os.path.join(tmp, f"rank_{rank()}.pt"))
             barrier()
             if rank() == 0:
-                pathlib.Path(tmp, "run.json").write_text(json.dumps(self.flags(), indent=1))
+                pathlib.Path(tmp, "run.json").write_text(json.dumps(self.flags, indent=1))
         if rank() == 0:
             for old in self.steps()[KEPT:]:
                 shutil.rmtree(self.path(old))

@@ -18,7 +18,7 @@ LIMITS = {
     "sft.py": (10, 1, 25, 25), "train_gvm.py": (10, 1, 25, 25), "dvpo.py": (10, 1, 25, 25),
     "ppo_baseline.py": (10, 1, 25, 25), "common.py": (10, 1, 14, None),
 }
-ALL = 6310                                              # lines without tests
+ALL = 5600                                              # lines without tests
 README = 160, 11_000                                    # lines, bytes
 
 

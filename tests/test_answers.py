@@ -1,6 +1,4 @@
 """How answers end: several end tokens, cut answers, sampled ids, tau, and the KL controller."""
-import contextlib
-import io
 import json
 import os
 
@@ -272,18 +270,3 @@ def test_adapters_accumulate_in_fp32(zero):
     assert all(w.dtype == torch.float32 for w in saved.values())
     B = torch.cat([w.flatten() for key, w in saved.items() if ".B." in key])
     assert not torch.equal(B, B.bfloat16().float())     # fp32 in more than name
-
-
-def test_pairs_that_the_cut_makes_equal_are_left_out():
-    tok = toy.tokenizer()
-    same = " ".join(["the soup was great ."] * 30)
-    pair = dict(prompt="review the soup .", chosen=same + " great", rejected=same + " cold")
-    other = dict(pair, rejected="the soup was cold .")
-    toy.write_jsonl(path("long_pairs.jsonl"), [pair, other])
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert common.read_pairs([path("long_pairs.jsonl")], tok, 64) == [other]
-        assert common.read_pairs([path("long_pairs.jsonl")], tok, 256) == [pair, other]
-    assert "left out 1 pairs" in said.getvalue()
-    toy.write_jsonl(path("long_pairs.jsonl"), [pair])
-    with pytest.raises(SystemExit):
-        common.read_pairs([path("long_pairs.jsonl")], tok, 64)

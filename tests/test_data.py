@@ -89,7 +89,7 @@ def test_ultrafeedback():
     files, dropped = make_ultrafeedback(raw, "uf")
     assert make_ultrafeedback(raw, "uf") == (files, dropped)        # the same again
     assert dropped == {"completions without a rating or a text": 400,
-                       "prompts with fewer than two completions": 2}
+                       "prompts that came before, or with fewer than two completions": 2}
     names = "sft", "gvm", "pairs", "prompts"
     total = {name: len(files[name]) + len(files[name + "_heldout"]) for name in names}
     assert total["sft"] + total["pairs"] + total["prompts"] == 400 and total["gvm"] == 2 * total["pairs"]
@@ -100,8 +100,8 @@ def test_ultrafeedback():
     del pair["prompt"]
     assert pair == {"chosen": "good", "rejected": "bad", "chosen_policy": "a", "rejected_policy": "b"}
     assert {row["reward"] for row in files["gvm"]} == {1.0, -1.0}
-    _, dropped = make_ultrafeedback(write_lines("uf_equal/raw.jsonl", equal), "uf_equal")
-    assert 0 < dropped["pairs with equal ratings"] <= 20
+    files, _ = make_ultrafeedback(write_lines("uf_equal/raw.jsonl", equal), "uf_equal")
+    assert files["gvm"] and not files["pairs"]
     broken = write_lines("uf_broken/raw.jsonl", [dict(rows[0], completions=["text"])])
     refused(lambda: ultrafeedback.make([broken], path("uf_broken")), "not a row of UltraFeedback")
     data = train_gvm.Labelled([path("uf/pairs.jsonl")])             # pairs are two rows each

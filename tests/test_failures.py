@@ -5,6 +5,7 @@ import resource
 import sys
 from unittest import mock
 
+import torch
 from helpers import ends_with_1, path, resume_cases, run, script, world
 
 import sft

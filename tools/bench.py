@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 import common
 from data import toy
-from experiments.run import commit, machine, read_lines, table
+from experiments.run import commit, read_lines, table
 from runtime import checkpoints, flags, processes
 from runtime.metrics import synchronize
 from runtime.processes import CUDA, deepspeed
@@ -145,7 +145,7 @@ def about(command):
     """Where and when a part was measured, and the bytes a second of a copy at its best."""
     source, target = torch.ones(2, 2**28 if CUDA else 2**26, device=DEVICE)
     copy = min(seconds_of(lambda: target.copy_(source)) for _ in range(12))
-    name = machine(f"{torch.get_num_threads()} threads")
+    name = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if CUDA:
         query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
         name = subprocess.check_output(query.split(), text=True).splitlines()[0]

@@ -3,7 +3,6 @@
 About six minutes, no network. The tests try every part at a tiny shape on a CPU.
 """
 import gc
-import json
 import multiprocessing
 import os
 import shutil
@@ -66,8 +65,7 @@ def start(name, command):
 
 def metrics(name):
     """The rows that a run wrote, but for times and memory, which no two runs share."""
-    with open(f"{FOLDER}/{name}/metrics.jsonl") as f:
-        rows = [json.loads(line) for line in f]
+    rows = bench.read_lines(f"{FOLDER}/{name}/metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(("sec", "peak"))}
             for row in rows]
 

@@ -50,8 +50,7 @@ def main(argv=None):
     p.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 1.4, 1.8],
                    help="one per batch, in turn; above 1 there are more mistakes")
     p.add_argument("--max-new-tokens", type=int, default=32, help="tokens of a response at most")
-    p.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
-                   help="as in dvpo.py")
+    p.set_defaults(static_cache=common.CUDA)                            # as in dvpo.py
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)

@@ -47,8 +47,7 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=16, help="prompts per batch")
     p.add_argument("--max-new-tokens", type=int, help="default: half the context, at most 512")
     p.add_argument("--temperature", type=float, default=1.0, help="near 0 is greedy")
-    p.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=common.CUDA,
-                   help="as in dvpo.py")
+    p.set_defaults(static_cache=common.CUDA)                            # as in dvpo.py
     p.add_argument("--seed", type=int, default=1, help="seed of sampling")
     args = p.parse_args(argv)
     if args.prompts:
@@ -68,7 +67,6 @@ def main(argv=None):
         return
     rows = common.read_prompts(tok, args.prompts, prompt_room(policy, args), "prompt length")
     answers = []
-    rewards = []
     for i in common.Progress(range(0, len(rows), args.batch_size), desc="sample"):
         batch = rows[i:i + args.batch_size]
         _, texts, ended = answer(policy, tok, batch, args)
@@ -76,10 +74,12 @@ def main(argv=None):
             prompt = row["prompt"]
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             answers.append(dict(instruction=question, output=text, generator=args.policy, ended=end))
-            if reward:
-                rewards.append(reward(prompt, text))
     processes.write_json(args.to, answers)
-    mean = f", mean reward {sum(rewards) / len(rewards):.3f}" if reward else ""
+    mean = ""
+    if reward:
+        asked = [row["prompt"] for row in rows]
+        rewards = [reward(prompt, row["output"]) for prompt, row in zip(asked, answers, strict=True)]
+        mean = f", mean reward {sum(rewards) / len(rewards):.3f}"
     print(f"{args.to}: {len(answers)} answers{mean}")
 
 
