@@ -107,7 +107,7 @@ def reward_of(state):
 def requested(prompt):
     """The two nouns that a prompt (a string, or messages of which the last counts) asks for."""
     prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    nouns = [w for w in prompt.split() if w in NOUNS]
+    nouns = tuple(w for w in prompt.split() if w in NOUNS)
     if len(nouns) != 2:
         raise ValueError(f"not a prompt of the toy: {prompt!r}")
     return nouns
@@ -131,6 +131,7 @@ def gold_reward(prompt, response):
 
 # The behaviour policies: one distribution over the next word for each state
 
+@functools.cache
 def next_words(state, p, nouns):
     """{word: probability} of what the Policy p says next; sums to 1."""
     at = state.at
@@ -192,7 +193,7 @@ def values(policy):
     V = P V + p(eos) reward, over every state that some text can reach, also where the policy would not write
     that text. The values do not depend on which two nouns are requested: one table serves all prompts.
     """
-    nouns = NOUNS[:2]
+    nouns = tuple(NOUNS[:2])
     index = {State(): 0}
     queue = [State()]
     for state in queue:                                 # breadth first; the queue grows as we go
@@ -329,8 +330,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="data/toy", help="folder to write (default: %(default)s)")
-    args = p.parse_args(argv)
-    make(args.out)
+    make(p.parse_args(argv).out)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,10 @@ def load_adapter(model, tok, folder, made_by, asked=None):
     try:
         meta = json.loads(pathlib.Path(folder, "adapter.json").read_text())
         own = load_file(os.path.join(folder, "adapter.safetensors"))
-    except (OSError, ValueError, SafetensorError) as e:
+        head = meta["sees_token"], meta["token_scale"]
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
         die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
-    needed = dict(trunk=model.fingerprint, tokenizer=tokenizer_fingerprint(tok))
-    for what, fingerprint in needed.items():
+    for what, fingerprint in ("trunk", model.fingerprint), ("tokenizer", tokenizer_fingerprint(tok)):
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
     for key, value in (asked or {}).items():
@@ -102,7 +102,7 @@ def load_adapter(model, tok, folder, made_by, asked=None):
             flag = f"--{key.replace('_', '-')} {value}"
             die(f"{flag}: {folder} was trained with {meta[key]}; name another folder, or first {made_by}")
     model.add_adapter(meta["name"], meta["r"], meta["alpha"])
-    model.add_head(meta["name"], meta["sees_token"], meta["token_scale"])
+    model.add_head(meta["name"], *head)
     for key, p in model.adapter_parameters(meta["name"]).items():
         p.requires_grad_(False).copy_(own[key])
     return meta

@@ -119,7 +119,7 @@ def world():
 
 def build_world():
     with contextlib.redirect_stdout(io.StringIO()):
-        toy.make(path("toy"), rows_per_policy=2000, heldout_rows_per_policy=40)
+        toy.make(path("toy"), sft_rows=3000, rows_per_policy=1000, heldout_rows_per_policy=40)
     for name in ("sft", "gvm", "pairs"):                # a few rows, for tests that only want to see it run
         with open(path("toy", name + "_heldout.jsonl")) as full:
             rows = list(itertools.islice(full, 24))
@@ -127,8 +127,8 @@ def build_world():
             f.writelines(rows)
     run(sft, "--init-from", path("toy/model"), "--data", path("toy/sft.jsonl"), "--heldout",
         path("toy/sft_heldout.jsonl"), "--prompts", path("toy/prompts_heldout.jsonl"), "--out", path("sft"),
-        "--max-steps", 400)
-    run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 300, "--tau-pairs", 1, "--batch-size", 48)
+        "--max-steps", 250)
+    run(train_gvm, *GVM, "--out", path("gvm"), "--max-steps", 200, "--tau-pairs", 1, "--batch-size", 48)
 
 
 WORLD = "toy", "sft", "gvm"

@@ -106,7 +106,6 @@ FLAGS = [
     ("--compile --zero 3", "--compile"),
     ("--gold nothing.py:f", "nothing.py"),
     ("--gold data/toy.py:nothing", "no function 'nothing'"),
-    ("--reward data/toy.py:gold_reward", "--gold data/toy.py:gold_reward"),
     ("--init-from TMP/no_weights", "no_weights"),
     ("--init-from TMP/cut_weights", "cut_weights"),
     ("--init-from TMP/cut_config", "cut_config"),

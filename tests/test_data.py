@@ -41,7 +41,7 @@ def test_true_q_against_monte_carlo(policy):
 def test_true_q_by_hand(prefix):
     """One step of Bellman: V(state) is the mean of Q over what the policy says next."""
     state, mean = toy.read(PROMPT, prefix)[0], 0.0
-    for word, p in toy.next_words(state, toy.POLICIES["good"], ["soup", "staff"]).items():
+    for word, p in toy.next_words(state, toy.POLICIES["good"], ("soup", "staff")).items():
         said = prefix.split()[-1] if word == toy.STUTTER else word
         mean += p * toy.true_q(PROMPT, f"{prefix} {said}", "good")
     assert abs(mean - toy.true_q(PROMPT, prefix, "good")) < 1e-9
@@ -100,8 +100,8 @@ def test_ultrafeedback():
     del pair["prompt"]
     assert pair == {"chosen": "good", "rejected": "bad", "chosen_policy": "a", "rejected_policy": "b"}
     assert {row["reward"] for row in files["gvm"]} == {1.0, -1.0}
-    files, _ = make_ultrafeedback(write_lines("uf_equal/raw.jsonl", equal), "uf_equal")
-    assert files["gvm"] and not files["pairs"]
+    of_equal, _ = make_ultrafeedback(write_lines("uf_equal/raw.jsonl", equal), "uf_equal")
+    assert of_equal["gvm"] and not of_equal["pairs"]
     broken = write_lines("uf_broken/raw.jsonl", [dict(rows[0], completions=["text"])])
     refused(lambda: ultrafeedback.make([broken], path("uf_broken")), "not a row of UltraFeedback")
     data = train_gvm.Labelled([path("uf/pairs.jsonl")])             # pairs are two rows each
