@@ -69,7 +69,7 @@ def test_a_killed_node_and_resume():
     """The other node ends; steps that are done again after --resume come out as before, bit for bit."""
     world()
     make_nodes()
-    argv = [*resume_cases("3")[0][2], "--max-steps", "8", "--out", path("nodes")]
+    argv = [*resume_cases("3")[0][2], "--max-steps", "8", "--gold", "", "--out", path("nodes")]
     codes, errors = two_nodes(argv, kill_after=3)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL), (codes, errors)
     before = read_metrics()
