@@ -6,10 +6,10 @@ One frame for every tensor. B rows, P prompt tokens (left-padded), T response to
     position   0 .. P-1   P    P+1  ...  P+T-1
     token      prompt     a_0  a_1  ...  a_{T-1}       (the last one may be <eos>; it counts)
 
-What leaves a forward pass is in the response frame, (B, T) or (B, T+1). `attn` (B, P+T) is 1 on real
-tokens. `mask` (B, T) is True from a_0 to the first <eos>. In a packed row (see `pack`) the frame begins
-at the first response; mask is True on all responses and False on the prompts between them. Both are
-built from lengths, and token 0 fills the rest.
+What leaves a forward pass is in the response frame: log-probs (B, T), and values (B, T+1), whose column
+0 is V(s_0) and whose column t+1 is the value after a_t. `attn` (B, P+T) is 1 on real tokens. `mask` (B,
+T) is True from a_0 to the first <eos>. In a packed row (see `pack`) the frame begins at the first
+response, and mask is False on the prompts between responses. Both are built from lengths; token 0 pads.
 """
 import contextlib
 import copy
@@ -31,7 +31,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 # isort: off
-# runtime/ keeps long runs safe; nobody needs it for the method. The stages call it as common.X.
+# What the stages call as common.X and the method does not need: flags and presets (runtime/flags.py), the
+# object around a stage (run.py), reading rows (rows.py), saving and --resume (checkpoints.py), and so on.
 from runtime.checkpoints import load_adapter, tokenizer_fingerprint, trunk_fingerprint
 from runtime.flags import check_context, flags, parse
 from runtime.graphs import merged, static_decoder
@@ -821,4 +822,4 @@ def evaluate(run, model, policy, trunk, tok, rows, reward, adapter=None, n=256, 
     run.write("summary.json", (about or {}) | sums | dict(rollouts=batches * stride))
     run.write_lines("samples.jsonl", samples)           # those of rank 0
     numbers = ", ".join(f"{key} {value:.3f}" for key, value in sums.items())
-    run.say(f"fresh answers to --heldout: {numbers}; wrote {args.out}/model")
+    run.say(f"fresh answers to held-out prompts: {numbers}; wrote {args.out}/model")

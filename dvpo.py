@@ -8,19 +8,20 @@ Writes  the policy, a transformers folder               out/tiny/dvpo/model
 Objective, eq. (3) of arXiv 2502.16944 v1 (all equation numbers here are v1's), over response tokens:
 
     L = E[min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)],  r_t = pi(a_t | s_t) / pi_old(a_t | s_t)
-    A_t = Q~(tau, s_t, a_t) - kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t))
+    A_t = (Q_t - Q_{t-1}) / max(sigma, sigma_GVM) - kl_coef (log pi_old(a_t | s_t) - log pi_ref(a_t | s_t))
 
-Q~ is the GVM's value of the token a_t, normalised, eq. (2); tau is question-answer pairs from the policy's
-latest rollouts. PPO has four roles and trains two of them. This trains one and holds two models: a frozen
-trunk is reference (adapter off) and GVM (adapter on). `diff dvpo.py ppo_baseline.py` is the method.
+Q_t = Q(tau, s_t, a_t) is the GVM's value of the token a_t, in units of reward, and Q_{-1} = V(s_0); tau is
+question-answer pairs from the policy's latest rollouts. PPO has four roles and trains two of them. This
+trains one and holds two models: a frozen trunk is reference (adapter off) and GVM (adapter on).
+`diff dvpo.py ppo_baseline.py` is the method.
 
 Deviations from the paper
-1. The sigma that divides A is at least that of Q in the GVM's training: once answers are good, dividing by
-   the shrinking sigma of the batch would turn the GVM's errors into full-size advantages.
-2. The default, --advantage delta, is Q_t - Q_{t-1} with Q_{-1} = V(s_0): Q minus the value of the state, the
-   textbook advantage, which a frozen Q over deterministic transitions gives for free. It is centred over the
-   responses. Changes of Q are smaller than Q, so that in practice the sigma of deviation 1 divides them.
-   --advantage q: A = Q~, eq. (2).
+1. The paper's advantage is Q normalised over the batch, eq. (2): --advantage q. The default is Q minus the
+   value of the state, the textbook advantage, which a frozen Q over deterministic transitions gives for
+   free. It is centred over the responses.
+2. sigma, that of the batch, is at least that of Q in the GVM's training: once answers are good, dividing by
+   a shrinking sigma would turn the GVM's errors into full-size advantages. Changes of Q are smaller than Q,
+   so that in practice sigma_GVM divides.
 3. The KL penalty is in A_t, and each token pays its own. Its coefficient adapts to --kl-target. The paper's
    "target KL 0.1" is, as in its authors' code, the early stop of the inner epochs.
 4. One tau serves all rows of a step and rank (they share a policy). It may hold an earlier answer to a row's
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     # Value, advantage, loss
     flag("--tau-pairs", type=int, help="question-answer pairs in tau (default: the GVM's)")
     flag("--advantage", choices=("q", "delta"), default=d.advantage,
-         help="q: A = Q~ (paper); delta: A = Q[t] - Q[t-1]")
+         help="delta: Q_t - Q_{t-1}, what a token did to the value; q: Q, eq. (2) (paper)")
     flag("--clip", type=float, default=0.2, help="eps of eq. (3) (paper: not given)")
     # Distance to the reference
     flag("--kl-coef", type=float, default=d.kl_coef, help="initial KL coefficient (paper 0.2)")
@@ -106,21 +107,21 @@ def clipped_ppo_loss(logp, old_logp, adv, mask, clip):
         return loss, dict(clip_frac=mean(was_clipped), kl_step=mean(kl_step), ratio=mean(ratio))
 
 
-def advantage(q, mask, kind, sigma):
-    """Token values (B, T+1), the first is V(s_0) -> advantage (B, T), in units of at least sigma.
+def advantage(q, mask, kind, min_sigma):
+    """Values (B, T+1), q[:, 0] = V(s_0), q[:, t+1] = Q_t -> advantage (B, T), 0 outside the mask.
 
-    q: A = Q~, eq. (2), centred over the tokens. delta: Q[t] - Q[t-1], what a_t did to the value. Its sum over
-    a response, Q[T-1] - V(s_0), is centred over the responses, by a shift of V(s_0): a mean taken off every
-    token would make short answers pay wherever V(s_0) is too low. 0 outside the mask.
+    q: Q normalised over the tokens, eq. (2). delta: Q_t - Q_{t-1}, over its sigma. Its sum over a response,
+    Q_{T-1} - V(s_0), is centred over the responses by a shift of all V(s_0), in the first column: a mean
+    taken off every token would make short answers pay wherever V(s_0) is too low.
     """
     if kind == "q":
         mean, std = common.masked_moments(q[:, 1:], mask)
-        return (q[:, 1:] - mean) / std.clamp(min=sigma) * mask
+        return (q[:, 1:] - mean) / std.clamp(min=min_sigma) * mask
     # What each token did to the value. The sums of all responses average 0.
     change = (q[:, 1:] - q[:, :-1]) * mask                          # (B, T)
     change[:, 0] -= common.all_sum(change.sum()) / common.all_sum(mask[:, 0].sum())
     _, std = common.masked_moments(change, mask)
-    return change / std.clamp(min=sigma)
+    return change / std.clamp(min=min_sigma)
 
 
 def main(argv=None):

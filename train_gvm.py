@@ -319,8 +319,8 @@ def report(result):
     if len(result["policies"]) > 1:
         order = "right" if result["v0_ranks_all_policies"] else "not right"
         print(f"V(s_0 | tau) and mean rewards: correlation {result['v0_correlation']:.3f}, order {order}")
-    for name, value in result.get("true_q", {}).items():
-        print(f"true value of each token: {name} {value:.3f}")
+    if truth := result.get("true_q"):
+        print("true value of each token: correlation {correlation:.3f}, rmse {rmse:.3f}".format(**truth))
 
 
 def colour(text, x):

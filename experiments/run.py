@@ -196,15 +196,14 @@ def measure(out):
     summary = read_json(f"{out}/summary.json")
     samples = read_lines(f"{out}/samples.jsonl")
     seconds = np.diff([row["seconds"] for row in rows])
-    peak = max(row["peak_bytes"] for row in rows) / 2**20
     fresh = {key: summary[key] for key in ("gold", "kl", "ended", "length")}
-    found = dict(steps=len(rows), fresh=fresh, distinct=distinct(samples), samples=samples[:8], peak_mb=peak,
+    found = dict(steps=len(rows), fresh=fresh, distinct=distinct(samples), samples=samples[:8],
+                 peak_mb=max(row["peak_bytes"] for row in rows) / 2**20,
                  # Other programs ran beside some of the steps
                  step_seconds=float(np.percentile(seconds, 25)))
     last = rows[-max(1, len(rows) // 10):]
-    found["late"] = {key: float(np.mean([row[key] for row in last])) for key in ("gold", "kl", "ended")}
-    found["gold"] = [round(row["gold"], 4) for row in rows]
-    return found
+    late = {key: float(np.mean([row[key] for row in last])) for key in ("gold", "kl", "ended")}
+    return found | dict(late=late, gold=[round(row["gold"], 4) for row in rows])
 
 
 def about_model(out):
@@ -215,17 +214,16 @@ def about_model(out):
     if "accuracy" in about:                             # a reward model
         return found | dict(last=about["accuracy"])
     measured = read_json(f"{out}/eval.json")
-    truth = measured.get("true_q", {})
-    return found | dict(q_std=rows[-1]["q_std"], mean=measured["accuracy"]["mean"],
-                        last=measured["accuracy"]["last"], v0=measured["v0_correlation"],
-                        penalty=about["missing_eos_penalty"], truth=truth.get("correlation"))
+    accuracy = measured["accuracy"]
+    truth = measured.get("true_q", {}).get("correlation")
+    return found | dict(q_std=rows[-1]["q_std"], mean=accuracy["mean"], last=accuracy["last"], truth=truth,
+                        v0=measured["v0_correlation"], penalty=about["missing_eos_penalty"])
 
 
 def before_rl(experiment, seeds):
     """The model that every run starts from."""
     if MADE.get(experiment) != SMOLLM2:
-        files = dict.fromkeys(f"{root_of(experiment, seed)}/sft/summary.json" for seed in seeds)
-        gold = [read_json(file)["gold"] for file in files]
+        gold = [read_json(f"{root_of(experiment, seed)}/sft/summary.json")["gold"] for seed in seeds]
         return dict(gold=float(np.mean(gold)))
     rows = read_lines(f"{SMOLLM2}/reference.jsonl")
     return dict(gold=float(np.mean([row["reward"] for row in rows])),
@@ -243,9 +241,9 @@ def report(experiment, seeds, folder):
         done = {seed: out for seed, out in folders.items() if is_done(out)}
         if done:
             runs[run] = {seed: measure(out) for seed, out in done.items()}
-        files = [Path(out, "commit") for out in done.values()]
-        # `make` writes none: its runs are of the present commit
-        commits |= {file.read_text() if file.exists() else commit() for file in files}
+        # `make` writes no such file: its runs are of the present commit
+        for file in (Path(out, "commit") for out in done.values()):
+            commits.add(file.read_text() if file.exists() else commit())
     if not runs:
         sys.exit(f"error: no run of {experiment} is there; start it without --report")
     seeds = sorted({seed for found in runs.values() for seed in found})
