@@ -59,15 +59,6 @@ def test_two_ranks_equal_one():
             close(a["q_std"], other["q_std"], 1e-5)
 
 
-def test_compiled_blocks_on_two_ranks():
-    world()
-    gvm = (*GVM, "--max-steps", "2", "--tau-pairs", "1", "--batch-size", "8", "--zero", "1")
-    plain, compiled = two_ranks((train_gvm, (*gvm, "--out", path("plain2"))),
-                                (train_gvm, (*gvm, "--out", path("compiled2"), "--compile")))
-    for a, b in zip(plain, compiled, strict=True):
-        close(a["loss"], b["loss"], 1e-5)
-
-
 @pytest.mark.parametrize("stage", [dvpo, ppo_baseline])
 def test_zero_3_equals_zero_1(stage):
     world()
