@@ -215,7 +215,7 @@ def about_model(out):
         return found | dict(last=about["accuracy"])
     measured = read_json(f"{out}/eval.json")
     accuracy = measured["accuracy"]
-    truth = measured.get("true_q", {}).get("correlation")
+    truth = (measured.get("true_q") or {}).get("correlation")
     return found | dict(q_std=rows[-1]["q_std"], mean=accuracy["mean"], last=accuracy["last"], truth=truth,
                         v0=measured["v0_correlation"], penalty=about["missing_eos_penalty"])
 

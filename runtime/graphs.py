@@ -110,15 +110,11 @@ def compile_blocks(model):
                 raise
             except Exception as e:                      # no compiler, or a block that it does not understand
                 compiles = False
-                say_once(f"--compile: going on without ({first_line(e)})")
+                say_once(f"--compile: going on without ({type(e).__name__}: {str(e)[:80]!r})")
         return type(block).forward(block, *args, **kwargs)
 
     for block in blocks_of(model.lm.get_decoder()):
         block.forward = functools.partial(forward, block)
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def unfit(decoder):
@@ -205,7 +201,7 @@ class StaticDecoder:
 
     def give_up(self, error):
         StaticDecoder.compiles = False
-        say_once(f"torch.compile: decoding goes on without ({first_line(error)})")
+        say_once(f"torch.compile: decoding goes on without ({type(error).__name__}: {str(error)[:80]!r})")
 
     def append(self):
         """Append self.token, all in place and without the host: what a graph can hold."""

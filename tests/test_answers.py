@@ -1,6 +1,9 @@
 """How answers end: several end tokens, cut answers, sampled ids, tau, and the KL controller."""
+import contextlib
+import io
 import json
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -139,6 +142,13 @@ def test_q_std_is_that_of_the_end_of_training():
         meta = json.load(f)
     late = sum(row["q_std"] for row in rows[-10:]) / 10
     assert abs(meta["q_std"] / late - 1) < 0.2
+    for sigma, warns in (0.1, True), (0.4, False):      # of rewards of 0.89: one that has hardly learned
+        moments = [torch.tensor(0.0), torch.tensor(sigma)]
+        argv = *GVM, "--out", path("warned"), "--max-steps", "1", "--batch-size", "8"
+        with (contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()),
+              mock.patch("common.masked_moments", return_value=moments)):
+            train_gvm.main(argv)
+        assert ("warning: sigma of Q is" in said.getvalue()) == warns
     equal = [dict(prompt="review the wine .", response=r, reward=0.5) for r in ("a", "b")]
     toy.write_jsonl(path("equal.jsonl"), equal)
     refused(lambda: train_gvm.main([*GVM[:2], "--data", path("equal.jsonl"), "--heldout", path("equal.jsonl"),

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import HERE, PROMPT, path, world
+from helpers import HERE, PROMPT, path, refused, world
 
 import common
 import train_gvm
@@ -37,6 +37,11 @@ def test_label_goes_on_where_it_stopped():
     with open(path("label_b.jsonl"), "a") as f:
         f.write('{"prompt": "cut sh')                   # killed in the middle of a line
     assert rows(path("label_b.jsonl"), 48) == straight and len(straight) == 48
+    with open(path("one.py"), "w") as f:
+        f.write("def reward(prompt, response):\n    return 0.125\n")
+    argv = ["--policy", path("sft/model"), "--prompts", path("toy/prompts.jsonl")]
+    argv += ["--to", path("label_b.jsonl"), "--batch-size", "16", "--reward", path("one.py:reward")]
+    refused(lambda: label.main(argv), "label_b.jsonl", "another reward")
     row = json.loads(straight[0])
     assert row["policy"] == "sft" and row["reward"] == toy.gold_reward(row["prompt"], row["response"])
     both = train_gvm.Labelled([path("toy/gvm_heldout.jsonl"), path("label_a.jsonl")]).by_policy

@@ -53,14 +53,12 @@ SHAPES = {
     "tiny": gpt2(2048, 64, 2, 4),
     "14M": gpt2(8192, 384, 6, 6),
     "124M": gpt2(50257, 768, 12, 12),
-    "smollm2": llama(49152, 576, 1536, 30, 9, 3, tied=True),
     "llama3-3b": llama(128256, 3072, 8192, 28, 24, 8, tied=True),
     "llama3-8b": llama(128256, 4096, 14336, 32, 32, 8, tied=False),
 }
 # name: (stage, its flags)
 METHODS = {
     "ppo": ("ppo_baseline.py", ""),
-    "ppo-compile": ("ppo_baseline.py", "--compile"),
     "dvpo": ("dvpo.py", ""),
     "dvpo-compile": ("dvpo.py", "--compile"),
     "lora": ("dvpo.py", "--lora"),

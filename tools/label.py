@@ -27,11 +27,14 @@ from runtime import flags, processes
 from tools.sample import answer, prompt_room
 
 
-def keep_whole_batches(path, n, batch_size):
+def keep_whole_batches(path, n, batch_size, reward):
     """Remove the rows of an incomplete batch from an earlier run's file -> the number of rows left."""
     with open(path) as f:
         lines = [line for line in f if line.endswith("\n")]
     done = len(lines) if len(lines) >= n else len(lines) // batch_size * batch_size
+    first = json.loads(lines[0]) if done else None
+    if first and reward(first["prompt"], first["response"]) != first["reward"]:
+        common.die(f"{path}: its rows have another reward; remove it, or give --to another file")
     with open(path, "w") as f:
         f.writelines(lines[:done])
     return done
@@ -65,7 +68,7 @@ def main(argv=None):
     processes.check_writable(args.to)
     open(args.to, "a").close()
     processes.lock(args.to)                             # before an earlier run's last rows are removed
-    done = keep_whole_batches(args.to, args.n, args.batch_size)
+    done = keep_whole_batches(args.to, args.n, args.batch_size, reward)
     bar = common.Progress(total=args.n, initial=done, desc="label")
     with processes.writing(args.to, "the same command continues there"), open(args.to, "a") as f, bar:
         for start in range(done, args.n, args.batch_size):
@@ -86,7 +89,9 @@ def main(argv=None):
             f.flush()
             bar.update(len(batch))
     with open(args.to) as f:
-        pairs = pair_up([json.loads(line) for line in f], np.random.default_rng(args.seed))
+        rows = [json.loads(line) for line in f]
+    print(f"{args.to}: {len(rows):,} rows, mean reward {np.mean([row['reward'] for row in rows]):.3f}")
+    pairs = pair_up(rows, np.random.default_rng(args.seed))
     pairs_file = args.to.removesuffix(".jsonl") + "_pairs.jsonl"
     with processes.writing(pairs_file):
         write_jsonl(pairs_file, pairs)
