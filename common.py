@@ -31,8 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 # isort: off
-# What the stages call as common.X and the method does not need: flags and presets (runtime/flags.py), the
-# object around a stage (run.py), reading rows (rows.py), saving and --resume (checkpoints.py), and so on.
+# What the stages call as common.X and the method does not need: each file says when to open it
 from runtime.checkpoints import load_adapter, tokenizer_fingerprint, trunk_fingerprint
 from runtime.flags import check_context, flags, parse
 from runtime.graphs import merged, static_decoder

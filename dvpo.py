@@ -13,7 +13,6 @@ Objective, eq. (3) of arXiv 2502.16944 v1 (all equation numbers here are v1's), 
 Q_t = Q(tau, s_t, a_t) is the GVM's value of the token a_t, in units of reward, and Q_{-1} = V(s_0); tau is
 question-answer pairs from the policy's latest rollouts. PPO has four roles and trains two of them. This
 trains one and holds two models: a frozen trunk is reference (adapter off) and GVM (adapter on).
-`diff dvpo.py ppo_baseline.py` is the method.
 
 Deviations from the paper
 1. The paper's advantage is Q normalised over the batch, eq. (2): --advantage q. The default is Q minus the
@@ -268,7 +267,7 @@ def main(argv=None):
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
-        if run.saves_model():
+        if (step + 1) % args.save_every == 0:
             run.save_model(model, tok, adapter)
 
     # Save, and measure on fresh answers to held-out prompts

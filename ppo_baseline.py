@@ -450,7 +450,7 @@ def main(argv=None):
         kl_coef = common.adapt_kl_coef(kl_coef, row["kl"], kl_before, args.kl_target)
         kl_before = row["kl"]
         run.keep(kl_coef=kl_coef, kl=kl_before, buffer=buffer)
-        if run.saves_model():
+        if (step + 1) % args.save_every == 0:
             run.save_model(model, tok)
 
     # Save, and measure on fresh answers to held-out prompts

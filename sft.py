@@ -42,7 +42,7 @@ def parse_args(argv=None):
     flag("--max-new-tokens", type=int, default=d.max_new_tokens, help="tokens of a held-out sample")
     flag("--gold", "--reward", default=d.reward,
          help="FILE.py:function(prompt, response) -> float, scores samples at the end")
-    p.set_defaults(temperature=1.0, static_cache=d.cuda)
+    p.set_defaults(temperature=1.0, static_cache=False)      # of samples
     args = common.parse(p, argv)
     args.max_prompt_length = args.max_length // 2            # of samples, as of training
     return args
@@ -96,9 +96,10 @@ def main(argv=None):
     # The model, whole; DeepSpeed over it
     model = common.load_model(args.init_from, args)
     rows_per_pass = args.batch_size // args.grad_accum
+    sample_length = args.max_prompt_length + args.max_new_tokens if reward else 0
+    length = max(args.max_length, sample_length)             # tokens of the longest row
     policy = run.engine(
-        "policy", model, args.lr, args.max_length, rows_per_pass, args.grad_accum,
-        decodes=bool(reward))
+        "policy", model, args.lr, length, rows_per_pass, args.grad_accum, decodes=bool(reward))
     rows_per_update = args.batch_size * run.world            # all ranks together
     steps = args.max_steps or math.ceil(args.epochs * len(train) / rows_per_update)
     run.resume()                                             # nothing but what Run itself keeps

@@ -211,6 +211,7 @@ def test_chain():
     for file, weights in zip(frozen, before, strict=True):
         assert all(torch.equal(w, weights[key]) for key, w in load_file(file).items())
     sft_gold = read("sft/summary.json")["gold"]
+    assert read("sft/summary.json")["heldout_loss"] < 2
     assert read("dvpo/summary.json")["gold"] > sft_gold + 0.15, sft_gold
 
     pairs = "--pairs", path("toy/pairs.jsonl"), "--pairs-heldout", path("toy/pairs_heldout.jsonl")

@@ -21,7 +21,6 @@ Objective, for --group-size responses y_i to each prompt x, with dvpo.py's ratio
     remax      2310.10505   the greedy response   none      token         REINFORCE
 
 E is a mean over the tokens of the batch, or over those of a response and then over responses.
-A group whose rewards are all equal teaches nothing: `no_signal` in the log is their share.
 
 Deviations from the papers
 1. Dr. GRPO divides by the tokens of the batch; the paper by a constant. The paper has no KL

@@ -107,7 +107,7 @@ def main(argv=None):
         except OSError as e:
             common.die(f"{REPO} cannot be downloaded ({type(e).__name__}); pass local copies with --raw")
     _, dropped = make(args.raw, args.out)
-    print("dropped: " + (", ".join(f"{n:,} {what}" for what, n in dropped.items()) or "nothing"))
+    print("dropped: " + (", ".join(f"{n:,} {what}" for what, n in dropped.items() if n) or "nothing"))
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def read_json(path):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    # Behind the last line break there may be half a line, of a run that goes on
+    return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
 
 
 def commit():

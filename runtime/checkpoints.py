@@ -93,7 +93,7 @@ def load_adapter(model, tok, folder, made_by, asked=None):
         own = load_file(os.path.join(folder, "adapter.safetensors"))
         head = meta["sees_token"], meta["token_scale"]
     except (OSError, ValueError, KeyError, SafetensorError) as e:
-        die(f"{folder}: no adapter there ({e}); train it with: {made_by}")
+        die(f"{folder}: no adapter there ({e!r}); train it with: {made_by}")
     for what, fingerprint in ("trunk", model.fingerprint), ("tokenizer", tokenizer_fingerprint(tok)):
         if meta.get(what) != fingerprint:
             die(f"{folder}: trained on another {what} than that of --init-from; train it on this: {made_by}")
@@ -140,7 +140,8 @@ class Checkpoints:
         return sorted((int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name)), reverse=True)
 
     def load(self):
-        step = max(self.steps(), default=0)
+        # Without --resume rank 0 alone looks, as it moves the folder
+        step = max(self.steps(), default=0) if self.args.resume or rank() == 0 else 0
         if not self.args.resume or step == 0:
             if self.args.resume:
                 say(f"{self.folder}: no checkpoint to resume from; starting a new run")
@@ -150,16 +151,17 @@ class Checkpoints:
             barrier()
             return 0, {}
         path = self.path(step)
-        changed = self.changed_flags(path)
         try:
+            changed = self.changed_flags(path)
             for name, engine in self.engines.items():
                 engine.load_checkpoint(
                     path, tag=name, load_module_strict=False, load_lr_scheduler_states=False)
             mine = torch.load(os.path.join(path, f"rank_{rank()}.pt"), weights_only=True)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:                          # of many types, for a file that is cut short
-            reason = str(e)[:100]
-            die(f"{path}: cannot be read ({reason!r}); remove it, and --resume goes on from the one before",
-                all_ranks=True)
+            die(f"{path}: cannot be read ({repr(e)[:120]}); if it is damaged, remove it: --resume goes on "
+                "from the one before", all_ranks=True)
         self.skipped = sum(engine.skipped_steps for engine in self.engines.values())
         torch.set_rng_state(mine["random"])
         if "random_cuda" in mine:
@@ -173,8 +175,9 @@ class Checkpoints:
         now = json.loads(json.dumps(self.flags))      # lists for tuples, as in the file
         changed = {}
         for key, value in before.items():
-            if key not in NOT_OF_THE_RUN and now.get(key, value) != value:
-                changed[key] = f"--{key.replace('_', '-')} {value} -> {now[key]}"
+            is_other = now[key] != value if key in now else value       # a flag that is no more
+            if key not in NOT_OF_THE_RUN and is_other:
+                changed[key] = f"--{key.replace('_', '-')} {value} -> {now.get(key)}"
         if "world_size" in changed:
             die(f"--resume: {path} was written by {before['world_size']} processes; start as many")
         wrong = [changed[key] for key in changed if key not in MAY_CHANGE]

@@ -57,7 +57,7 @@ PRESETS = {
     "qwen3-0.6b": dict(id="Qwen/Qwen3-0.6B"),
     "qwen3-1.7b": dict(id="Qwen/Qwen3-1.7B"),
     "llama3-1b": dict(id="unsloth/Llama-3.2-1B-Instruct"),              # Meta's weights, ungated
-    "gpt2": dict(id="gpt2", stages=dict(                                # 1,024 positions
+    "gpt2": dict(id="gpt2", stages=dict(sft=dict(max_new_tokens=512),   # 1,024 positions
         gvm=dict(max_length=1024), rl=dict(max_prompt_length=256, max_new_tokens=512))),
     "llama3-3b": dict(id="meta-llama/Llama-3.2-3B"),
     "llama3-8b": dict(id="meta-llama/Meta-Llama-3-8B", zero=3),

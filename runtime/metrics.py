@@ -90,6 +90,5 @@ class Metrics:
         if bad or self.bar.n == self.bar.total:
             self.bar.close()
         if bad:
-            names = ", ".join(bad)
-            die(f"{names} at step {step} not finite, not saved; lower --lr, then --resume", code=1)
+            die(f"{', '.join(bad)} at step {step} not finite, not saved; lower --lr, then --resume", code=1)
         return row

@@ -47,8 +47,7 @@ def say(line):
         try:
             print(line, file=sys.stderr, flush=True)
         except BrokenPipeError:
-            # Its reader has gone, as a launcher may: a SIGTERM ends a stage after its step, with a
-            # checkpoint. To fail here would lose the steps since the last one.
+            # Its reader has gone, as a launcher may: a SIGTERM ends a stage after its step, with a checkpoint
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os.kill(os.getpid(), signal.SIGTERM)
 

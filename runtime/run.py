@@ -177,10 +177,6 @@ class Run:
     save_adapter = staticmethod(save_adapter)           # to a folder, and what must be known of it
     end = staticmethod(processes.finish)                    # the last call of a stage
 
-    def saves_model(self):
-        """Whether the model is written after this step, too, and not only at the end."""
-        return (self.step + 1) % self.args.save_every == 0
-
     def save_model(self, model, tok, adapter=None):
         """Write OUT/model, a transformers folder, with the adapter merged."""
         save_model(model, tok, os.path.join(self.out, "model"), adapter)

@@ -211,6 +211,8 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
     gvm_argv = ["--init-from", path("sft/model"), "--data", small, "--heldout", small, "--out", path("x")]
     long = ["--max-length", "257"]
     refused(lambda: sft.main([*sft_argv, *long]), "257", "256 positions")
+    samples = ["--max-length", "256", "--max-new-tokens", "129"]        # and prompts of 128 tokens
+    refused(lambda: sft.main([*sft_argv, *samples]), "257", "256 positions")
     refused(lambda: train_gvm.main([*gvm_argv, *long]), "257", "256 positions")
 
 

@@ -45,7 +45,10 @@ def test_damaged_checkpoint():
     victim = max(glob.glob(f"{last}/policy/*.pt"), key=os.path.getsize)
     os.truncate(victim, os.path.getsize(victim) // 2)
     refused(lambda: dvpo.main([*argv, "--out", out, "--resume"]), "step_4: cannot be read", "remove it")
-    os.remove(victim)
+    with open(f"{last}/run.json", "r+") as f:
+        f.truncate(9)
+    refused(lambda: dvpo.main([*argv, "--out", out, "--resume"]), "step_4: cannot be read", "JSONDecodeError")
+    os.remove(f"{last}/run.json")
     refused(lambda: dvpo.main([*argv, "--out", out, "--resume"]), "step_4: cannot be read", "remove it")
     shutil.rmtree(last)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

@@ -98,6 +98,7 @@ def make(shape):
 def steps_of(args, method):
     """Runs a stage for some steps -> medians of their seconds, its peak in bytes."""
     world = make(args.shape)
+    torch.cuda.empty_cache()                            # the stage needs the room
     out = f"out/bench/{method}"
     shutil.rmtree(out, ignore_errors=True)
     os.makedirs(out)
@@ -105,22 +106,25 @@ def steps_of(args, method):
     toy.write_jsonl(prompts, [dict(prompt=f"w{row} " * args.prompt) for row in range(512)])
     script, flags = METHODS[method]
     value = "rm" if script == "ppo_baseline.py" else "gvm"
-    words = (f"{ROOT}/{script} --model {world}/model --init-from {world}/model --{value} {world}/{value} "
+    words = (f"--model {world}/model --init-from {world}/model --{value} {world}/{value} "
              f"--data {prompts} --heldout {prompts} --out {out} --zero {int(CUDA)} "
              f"--max-prompt-length {args.prompt} --max-new-tokens {args.new} --lr 1e-6 "
              f"--batch-size {args.batch_size} --save-every 1000000 {flags}").split()
     own = {key: x for key, x in os.environ.items() if key not in processes.LAUNCHER_VARIABLES}
+    command = [sys.executable, f"{ROOT}/{script}", *words]
     with open(f"{out}.log", "w") as log:
-        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=own)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=own)
     rows = []
-    while len(rows) <= args.rounds:
-        time.sleep(0.1)
-        if process.poll() is not None:
-            sys.exit(f"error: {method} ended: see {out}.log")
-        if os.path.exists(f"{out}/metrics.jsonl"):
-            rows = read_lines(f"{out}/metrics.jsonl")[:args.rounds + 1]
-    process.kill()                                      # the rest would measure the policy
-    process.wait()
+    try:
+        while len(rows) <= args.rounds:
+            time.sleep(0.1)
+            if process.poll() is not None:
+                sys.exit(f"error: {method} ended: see {out}.log")
+            if os.path.exists(f"{out}/metrics.jsonl"):
+                rows = read_lines(f"{out}/metrics.jsonl")[:args.rounds + 1]
+    finally:
+        process.kill()                                  # the rest would measure the policy
+        process.wait()
 
     ends = [row["seconds"] for row in rows]
     seconds = [end - begin for begin, end in itertools.pairwise(ends)]
