@@ -441,7 +441,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
     prompts: B lists of ids -> ids (B, P+T), attn (B, P+T), mask (B, T), ended (B,).
     """
     # The prompts, padded on the left so that all responses begin in one column
-    ids, attn, _ = frame(prompts, [[] for _ in prompts], device)         # (B, P)
+    ids, attn, _ = frame(prompts, [[] for _ in prompts], device)                # (B, P)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_ids = model.end_ids(tok)                                                # (E,)
     response = []
@@ -450,7 +450,7 @@ def rollout(model, prompts, tok, args, device, adapter=None):
         for t in range(args.max_new_tokens):
             p = (decode.logits / args.temperature).softmax(-1)                  # (B, V)
             u = torch.rand(len(p), 1, dtype=torch.float64, device=device)
-            token = draw(p, u)                                           # (B,)
+            token = draw(p, u)                                                  # (B,)
             # A row that has ended goes on as padding. Its end token itself is trained.
             response.append(token.masked_fill(ended, 0))
             mask.append(~ended)
@@ -809,7 +809,7 @@ def evaluate(run, model, policy, trunk, tok, rows, reward, adapter=None, n=256, 
 
         # 2. Means over the answers and ranks
         found = dict(ended=ended.float().mean(), length=mask.sum(1).float().mean())
-        if trunk:
+        if trunk is not None:
             batch = (ids, attn, mask.shape[1])
             logp = policy(*batch, adapter, temperature=args.temperature)
             ref_logp = trunk(*batch, None, temperature=args.temperature)

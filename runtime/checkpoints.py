@@ -172,7 +172,7 @@ class Checkpoints:
     def changed_flags(self, path):
         """The flags that are not those of the checkpoint: said in one line, or refused."""
         before = json.loads(pathlib.Path(path, "run.json").read_text())
-        now = json.loads(json.dumps(self.flags))      # lists for tuples, as in the file
+        now = json.loads(json.dumps(self.flags))        # lists for tuples, as in the file
         changed = {}
         for key, value in before.items():
             is_other = now[key] != value if key in now else value       # a flag that is no more

@@ -175,7 +175,7 @@ class Run:
 
     sum = staticmethod(all_sum)                         # of a tensor over all ranks
     save_adapter = staticmethod(save_adapter)           # to a folder, and what must be known of it
-    end = staticmethod(processes.finish)                    # the last call of a stage
+    end = staticmethod(processes.finish)                # the last call of a stage
 
     def save_model(self, model, tok, adapter=None):
         """Write OUT/model, a transformers folder, with the adapter merged."""

@@ -6,6 +6,11 @@ import pytest
 from experiments import run as experiments
 
 
+def test_half_a_line_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    assert experiments.read_lines(tmp_path / "metrics.jsonl") == [dict(step=0)]
+
+
 def test_interval_by_hand():
     interval = experiments.interval
     assert interval([1, 2, 3]) == "2.00 ± 2.48"         # sd 1, t(2 degrees of freedom) 4.303 / sqrt(3)

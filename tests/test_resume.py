@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_damaged_checkpoint():
     victim = max(glob.glob(f"{last}/policy/*.pt"), key=os.path.getsize)
     os.truncate(victim, os.path.getsize(victim) // 2)
     refused(lambda: dvpo.main([*argv, "--out", out, "--resume"]), "step_4: cannot be read", "remove it")
+    with mock.patch("deepspeed.DeepSpeedEngine.load_checkpoint", side_effect=torch.OutOfMemoryError("full")):
+        with pytest.raises(torch.OutOfMemoryError):     # which damages no checkpoint
+            run(dvpo, *argv, "--out", out, "--resume")
+    with open(f"{last}/run.json") as f:
+        flags = json.load(f)
+    with open(f"{last}/run.json", "w") as f:
+        json.dump(dict(flags, pack=2), f)               # a flag that is no more
+    refused(lambda: dvpo.main([*argv, "--out", out, "--resume"]), "--pack 2", "start a new run")
     with open(f"{last}/run.json", "r+") as f:
         f.truncate(9)
     refused(lambda: dvpo.main([*argv, "--out", out, "--resume"]), "step_4: cannot be read", "JSONDecodeError")
